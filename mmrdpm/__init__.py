@@ -1,0 +1,1 @@
+"""mmrdpm: one decoder-only transformer over a shared vocabulary of text and RDPM image tokens."""

@@ -1,0 +1,61 @@
+"""The packed layout and the one visibility rule, the whole attention mask.
+
+A row of tokens holds documents one after the other; a document is a sequence of blocks: text runs,
+clean image blocks and noisy image blocks. A query sees a key of the same document if
+
+- both are in the same block (causally inside a text run, both ways inside an image block), or
+- the key belongs to the context stream (a text run or a clean block) and comes earlier.
+
+Nobody sees a noisy block from outside. `Layout.visible` is this rule, written once; every backend
+takes a `Layout`, never a mask that its caller built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class BlockKind(IntEnum):
+    """What a block is: decides who sees it and how it sees itself."""
+
+    TEXT = 0  # context, causal inside
+    CLEAN = 1  # context, both ways inside
+    NOISY = 2  # seen by nobody outside itself, both ways inside
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the blocks of `R` packed rows of `S` tokens lie.
+
+    Attributes:
+        document_ids: int64 `[R, S]`, -1 on padding, which sees nothing but itself.
+        block_ids: int64 `[R, S]`, unique within a row and increasing along it.
+        kinds: int64 `[R, S]`, a `BlockKind` each.
+    """
+
+    document_ids: Tensor
+    block_ids: Tensor
+    kinds: Tensor
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device."""
+        return Layout(*(t.to(device) for t in (self.document_ids, self.block_ids, self.kinds)))
+
+    def visible(self) -> Tensor:
+        """The rule as a dense mask: bool `[R, S, S]`, True = query (row) may attend key (column)."""
+        query, key = (slice(None), slice(None), None), (slice(None), None, slice(None))
+        index = torch.arange(self.kinds.shape[1], device=self.kinds.device)
+        earlier = index[None, :, None] > index[None, None, :]
+        itself = index[None, :, None] == index[None, None, :]
+        same_document = self.document_ids[query] == self.document_ids[key]
+        same_block = self.block_ids[query] == self.block_ids[key]
+        both_ways = self.kinds[query] != BlockKind.TEXT
+        context = self.kinds[key] != BlockKind.NOISY
+        inside = same_block & (both_ways | earlier)
+        outside = ~same_block & context & earlier
+        on_padding = (self.document_ids < 0)[query] | (self.document_ids < 0)[key]
+        return (same_document & ~on_padding & (inside | outside)) | itself

@@ -1,0 +1,70 @@
+"""Pictures from anywhere to square RGB arrays and tensors, within safe limits."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from mmrdpm.errors import DataError
+
+MAX_PIXELS = 64_000_000  # what one picture may hold once decoded: 64 megapixels, 256 MB as RGBA
+
+
+def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
+    """Reads one picture as RGB, turned upright, transparent parts on white.
+
+    Raises:
+        DataError: it is missing, no picture, damaged, or larger than `MAX_PIXELS`.
+    """
+    where = name or str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise DataError(
+                        f"{where}: {picture.width}x{picture.height} pixels are more than the"
+                        f" limit of {MAX_PIXELS // 10**6} megapixels: make it smaller first"
+                    )
+                return to_rgb(ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise DataError(f"{where}: no such file") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not a picture that can be read (PNG, JPEG, WebP, ...)") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: the picture could not be read: {error}") from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode to RGB; transparent parts become white, 16-bit greys keep their range."""
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture, dtype=np.float64) / 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    rgba = picture.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def to_square(picture: Image.Image, size: int) -> np.ndarray:
+    """The whole picture, centred on a white square: uint8 `[size, size, 3]`."""
+    rgb = to_rgb(picture)
+    if rgb.size != (size, size):
+        rgb = ImageOps.pad(rgb, (size, size), Image.Resampling.LANCZOS, color="white")
+    return np.asarray(rgb)
+
+
+def to_tensor(squares: np.ndarray) -> Tensor:
+    """uint8 `[B, size, size, 3]` -> float32 `[B, 3, size, size]` in [-1, 1]."""
+    return torch.from_numpy(squares.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """float32 `[B, 3, H, W]` in [-1, 1] -> RGB pictures."""
+    squares = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(square.permute(1, 2, 0).cpu().numpy()) for square in squares]

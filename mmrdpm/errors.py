@@ -1,0 +1,26 @@
+"""What a user did wrong: every class here carries one line that the CLI prints as it is.
+
+The line says what is wrong, where (file, key or record), and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class MmrdpmError(Exception):
+    """A mistake that the user can mend; never raised for a bug of ours."""
+
+
+class RecipeError(MmrdpmError):
+    """A recipe or an override that cannot be read as its schema says."""
+
+
+class DataError(MmrdpmError):
+    """An image, a text or a data source that cannot be used."""
+
+
+class CheckpointError(MmrdpmError):
+    """Weights or a run folder that are missing, damaged or of another shape."""
+
+
+class UsageError(MmrdpmError):
+    """A call that makes no sense: an empty prompt, a number out of range."""

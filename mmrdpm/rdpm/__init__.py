@@ -1,0 +1,1 @@
+"""The image tokeniser of RDPM: pixels <-> latents <-> recurrent code indices."""

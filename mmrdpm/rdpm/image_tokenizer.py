@@ -1,0 +1,139 @@
+"""The image tokeniser: pixels <-> latents <-> token records, and its folder on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmrdpm import recipe, weights
+from mmrdpm.rdpm.autoencoder import Autoencoder, AutoencoderConfig
+from mmrdpm.rdpm.codebook import Codebook
+from mmrdpm.rdpm.schedule import Schedule
+from mmrdpm.rdpm.trajectory import decode, encode, make_trajectory
+
+SPEC_FILE = "tokenizer.yaml"
+WEIGHTS_FILE = "tokenizer.safetensors"
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """What an image tokeniser is, apart from its weights."""
+
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    num_timesteps: int = 10
+    schedule: str = "linear"
+    trajectory: str = "path"
+    codebook_size: int = 1024
+    per_step_codebook: bool = True
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """An image as tokens: code indices are valid only with the noise that they were made from.
+
+    Attributes:
+        seed: of the noise, see `ImageTokenizer.noise`.
+        code_indices: int64 `[T, *grid]`, 0..K-1, row `t - 1` holds the codes of timestep t.
+    """
+
+    seed: int
+    code_indices: Tensor
+
+
+class ImageTokenizer(nn.Module):
+    """Autoencoder, schedule, trajectory and codebook as one thing."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.autoencoder = Autoencoder(config.autoencoder)
+        self.schedule = Schedule(config.schedule, config.num_timesteps)
+        self.trajectory = make_trajectory(config.trajectory, self.schedule)
+        self.codebook = Codebook(
+            config.num_timesteps,
+            config.codebook_size,
+            self.latent_channels,
+            config.per_step_codebook,
+        )
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.config.num_timesteps
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.autoencoder.latent_channels
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.config.autoencoder.grid
+
+    @property
+    def image_size(self) -> int:
+        return self.config.autoencoder.image_size
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The noise of token records: float32 `[num_noises, B, *grid, C]`.
+
+        Each record draws from its own generator on the CPU, so its noise depends on nothing but
+        its seed: not on the batch, nor on the device.
+        """
+        shape = (self.trajectory.num_noises, *self.grid, self.latent_channels)
+        noises = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
+        return torch.stack(noises, dim=1).to(self.codebook.codes.device)
+
+    def encode_latents(self, latents: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Latents `[B, *grid, C]` -> code indices `[T, B, *grid]` and states, see `encode`."""
+        return encode(self.trajectory, self.codebook, latents, self.noise(seeds))
+
+    def encode(self, images: Tensor, seeds: Sequence[int]) -> list[TokenRecord]:
+        """Images `[B, 3, H, W]` in [-1, 1] -> one token record each."""
+        code_indices, _ = self.encode_latents(self.autoencoder.encode(images), seeds)
+        return [TokenRecord(seed, code_indices[:, i].clone()) for i, seed in enumerate(seeds)]
+
+    def states(self, records: Sequence[TokenRecord]) -> Tensor:
+        """Every state on the records' way: `[T + 1, B, *grid, C]`, row t holds `x_t`."""
+        code_indices = torch.stack([record.code_indices for record in records], dim=1)
+        noise = self.noise([record.seed for record in records])
+        return decode(self.trajectory, self.codebook, code_indices.to(noise.device), noise)
+
+    def decode(self, records: Sequence[TokenRecord]) -> Tensor:
+        """Token records -> images `[B, 3, H, W]` in [-1, 1]."""
+        return self.decode_latents(self.states(records)[0])
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents `[B, *grid, C]` -> images `[B, 3, H, W]` in [-1, 1].
+
+        One image at a time: a convolution's rounding depends on the batch size, and the same
+        latent must give the same picture whatever its company.
+        """
+        images = [self.autoencoder.decode(latent[None]) for latent in latents]
+        return torch.cat(images).clamp(-1, 1)
+
+    def save(self, folder: Path) -> None:
+        """Writes the spec and the weights into a folder, which is made if missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.dump(self.config, folder / SPEC_FILE)
+        weights.save(self.state_dict(), folder / WEIGHTS_FILE)
+
+
+def load(folder: Path) -> ImageTokenizer:
+    """The tokeniser saved in a folder, in evaluation mode, float32 on the CPU.
+
+    Raises:
+        RecipeError: its spec is missing or wrong.
+        CheckpointError: its weights are missing, damaged or do not fit the spec.
+    """
+    tokenizer = ImageTokenizer(recipe.load(ImageTokenizerConfig, folder / SPEC_FILE))
+    weights.load_into(tokenizer, folder / WEIGHTS_FILE)
+    return tokenizer.eval().requires_grad_(False)

@@ -1,0 +1,86 @@
+"""Weights on disk: safetensors only, written atomically, read with errors a user can act on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmrdpm.errors import CheckpointError
+
+_METADATA = "mmrdpm"  # the one key of the header under which our metadata lie, as JSON
+
+
+def save(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the tensors, or leaves what was there untouched.
+
+    The file is complete under another name, and on the disk, before it takes its own.
+
+    Raises:
+        CheckpointError: it could not be written, for example because the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, partial, {_METADATA: json.dumps(metadata or {}, sort_keys=True)})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: could not be saved ({error}); what was saved before is untouched:"
+            " make room and go on with --resume"
+        ) from None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a file, on the CPU, and the metadata saved with them.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or no safetensors file at all.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it is truncated or of another"
+            " format (pickled weights are never loaded): get a good copy"
+        ) from None
+    return tensors, metadata
+
+
+def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
+    """Fills a module with the tensors of a file, cast to the module's dtypes; gives the metadata.
+
+    Raises:
+        CheckpointError: as `load`, or the names or shapes differ from the module's.
+    """
+    tensors, metadata = load(path)
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        side = "is missing from" if name in expected else "has no place in the model but is in"
+        raise CheckpointError(f"{path}: tensor {name!r} {side} the file: it is of another model")
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs"
+                f" {list(tensor.shape)}: it is of another model"
+            )
+    with torch.no_grad():
+        module.load_state_dict(tensors)
+    return metadata
