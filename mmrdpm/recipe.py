@@ -1,0 +1,171 @@
+"""Recipes: YAML <-> frozen dataclasses, strict, overridable from the command line.
+
+A schema is a frozen dataclass; its fields are int, float, str, bool, `X | None`, `tuple[X, ...]`,
+`Literal[...]`, `dict[str, X]` or another schema. `field(metadata={"min": ..., "max": ...})` bounds
+a number. Every error names the file, the dotted key and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from mmrdpm.errors import RecipeError
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+    """Reads a recipe and applies overrides such as `train.lr=3e-4`.
+
+    Raises:
+        RecipeError: the file is missing or no YAML, a key is unknown, missing or of a wrong type.
+    """
+    path = Path(path)
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if mapping is None:
+        mapping = {}
+    if not isinstance(mapping, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {_kind(mapping)}")
+    for override in overrides:
+        _override(mapping, override)
+    return from_dict(schema, mapping, str(path))
+
+
+def from_dict(schema: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """A schema filled from plain mappings; `where` names their origin in errors."""
+    return _schema(schema, mapping, where, "")
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """Plain mappings, lists and scalars, as `from_dict` takes them."""
+    return _plain(recipe)
+
+
+def dump(recipe: Any, path: Path) -> None:
+    """Writes the recipe, every default filled in."""
+    text = yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _override(mapping: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r}: write it as key=value, e.g. train.lr=3e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if mapping.get(parent) is None:
+            mapping[parent] = {}
+        mapping = mapping[parent]
+        if not isinstance(mapping, dict):
+            raise RecipeError(f"override {override!r}: {parent!r} holds no keys of its own")
+    mapping[last] = value
+
+
+def _schema(schema: type[T], mapping: Any, where: str, prefix: str) -> T:
+    if not isinstance(mapping, Mapping):
+        place = prefix.rstrip(".") or "the recipe"
+        raise RecipeError(f"{where}: {place} must be a mapping of keys, not {_kind(mapping)}")
+    hints = typing.get_type_hints(schema)
+    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise RecipeError(f"{where}: unknown key {prefix}{key}: {hint}")
+    values = {}
+    for name, spec in fields.items():
+        if name in mapping:
+            values[name] = _value(hints[name], mapping[name], where, prefix + name)
+            _check_range(values[name], spec.metadata, where, prefix + name)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{where}: the key {prefix}{name} is missing")
+    return schema(**values)
+
+
+def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        inner = [arg for arg in args if arg is not type(None)]
+        return _value(inner[0], value, where, key)
+    if origin is Literal:
+        if value not in args:
+            known = ", ".join(map(str, args))
+            raise RecipeError(f"{where}: {key} is {value!r}: choose one of {known}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where}: {key} must be a list, not {_kind(value)}")
+        return tuple(_value(args[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{where}: {key} must be a mapping of keys, not {_kind(value)}")
+        return {str(k): _value(args[1], v, where, f"{key}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _schema(hint, value, where, key + ".")  # type: ignore[arg-type]
+    return _scalar(hint, value, where, key)
+
+
+def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3, without a point, as a string
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not hint:
+        raise RecipeError(
+            f"{where}: {key} must be {_article(hint)}, not {_kind(value)} ({value!r})"
+        )
+    return value
+
+
+def _check_range(value: Any, bounds: Mapping[str, Any], where: str, key: str) -> None:
+    if isinstance(value, (int, float)) and not (
+        bounds.get("min", value) <= value <= bounds.get("max", value)
+    ):
+        limits = " and ".join(
+            f"{word} {bounds[name]}"
+            for name, word in (("min", "at least"), ("max", "at most"))
+            if name in bounds
+        )
+        raise RecipeError(f"{where}: {key} is {value}: it must be {limits}")
+
+
+_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _article(hint: type) -> str:
+    return _NAMES.get(hint, hint.__name__)
+
+
+def _kind(value: Any) -> str:
+    names = {**_NAMES, dict: "a mapping", list: "a list", type(None): "nothing"}
+    return names.get(type(value), type(value).__name__)

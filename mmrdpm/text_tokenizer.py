@@ -1,0 +1,180 @@
+"""Text <-> ids, lossless: byte-level BPE or SentencePiece behind one small interface.
+
+The only importer of `tokenizers` and `sentencepiece`. No special tokens live here: a text that
+looks like one ("<|bos|>") is encoded as plain text, and the vocabulary owns the real ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mmrdpm.errors import CheckpointError, DataError
+
+
+class TextTokenizer(ABC):
+    """Any Unicode string survives `decode(encode(text))` byte for byte."""
+
+    file_name: str
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The number of ids, 0..size-1."""
+
+    @abstractmethod
+    def serialise(self) -> bytes:
+        """The model file's content."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text.
+
+        Raises:
+            DataError: the text holds a lone surrogate, which is no Unicode text.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text {text[:40]!r}: character {error.start} is a lone surrogate, not Unicode"
+                " text: remove it"
+            ) from None
+        return self._encode(text)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model file, as hexadecimal digits."""
+        return hashlib.sha256(self.serialise()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Writes the model file into a folder, which is made if missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.file_name).write_bytes(self.serialise())
+
+
+class BPE(TextTokenizer):
+    """Byte-level byte-pair encoding (GPT-2), by the library `tokenizers`."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
+        self.model = model
+
+    @property
+    def size(self) -> int:
+        return self.model.get_vocab_size()
+
+    def serialise(self) -> bytes:
+        return self.model.to_str(pretty=True).encode()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.model.decode(list(ids), skip_special_tokens=False)
+
+
+class SentencePiece(TextTokenizer):
+    """A SentencePiece model with byte fallback.
+
+    SentencePiece writes a space as U+2581 and so cannot tell the two apart; the text is escaped
+    at the boundary with two private-use characters, which keeps every string distinct.
+    """
+
+    file_name = "tokenizer.model"
+
+    _ESCAPES = {"\ue000": "\ue000a", "\u2581": "\ue000b", "\0": "\ue000c"}
+
+    def __init__(self, model: bytes) -> None:
+        self._bytes = model
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @property
+    def size(self) -> int:
+        return self.model.get_piece_size()
+
+    def serialise(self) -> bytes:
+        return self._bytes
+
+    def _encode(self, text: str) -> list[int]:
+        return self.model.encode(self._escape(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._unescape(self.model.decode(list(ids)))
+
+    @classmethod
+    def _escape(cls, text: str) -> str:
+        return "".join(cls._ESCAPES.get(character, character) for character in text)
+
+    @classmethod
+    def _unescape(cls, text: str) -> str:
+        for plain, escaped in reversed(cls._ESCAPES.items()):
+            text = text.replace(escaped, plain)
+        return text
+
+
+def load(folder: Path) -> TextTokenizer:
+    """The text tokeniser saved in a folder.
+
+    Raises:
+        CheckpointError: there is none, or its file is damaged.
+    """
+    bpe, piece = folder / BPE.file_name, folder / SentencePiece.file_name
+    path = bpe if bpe.is_file() else piece
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: neither {BPE.file_name} nor {SentencePiece.file_name}")
+    try:
+        if path == bpe:
+            return BPE(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        return SentencePiece(path.read_bytes())
+    except Exception as error:  # both libraries raise bare exceptions for a damaged file
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: not a readable text tokeniser: {reason}") from None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Byte-level BPE of at most `vocab_size` ids (at least the 256 bytes)."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    return BPE(model)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """SentencePiece BPE of `vocab_size` ids with byte fallback and no normalisation."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(SentencePiece._escape(text) for text in texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return SentencePiece(model.getvalue())
