@@ -11,12 +11,13 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import sentencepiece
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import tokenizers
 from mmrdpm.errors import CheckpointError, DataError
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 
 class TextTokenizer(ABC):
@@ -96,7 +97,7 @@ class SentencePiece(TextTokenizer):
 
     file_name = "tokenizer.model"
 
-    _ESCAPES = {"\ue000": "\ue000a", "\u2581": "\ue000b", "\0": "\ue000c"}
+    _ESCAPES: ClassVar[dict[str, str]] = {"\ue000": "\ue000a", "\u2581": "\ue000b", "\0": "\ue000c"}
 
     def __init__(self, model: bytes) -> None:
         self._bytes = model

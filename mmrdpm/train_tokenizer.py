@@ -53,7 +53,9 @@ class TokenizerTrainer:
         torch.manual_seed(training.seed)
         self.training, self.images, self.step = training, images, 0
         self.tokenizer = ImageTokenizer(config)
-        self.autoencoder = self.tokenizer.autoencoder.to(memory_format=torch.channels_last)
+        self.autoencoder = self.tokenizer.autoencoder.to(
+            memory_format=torch.channels_last  # type: ignore[call-overload]
+        )
         self.fit = CodebookFit(self.tokenizer.codebook)
         self.optimizer = torch.optim.AdamW(
             self.autoencoder.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-4

@@ -46,7 +46,7 @@ class Layout:
         return Layout(*(t.to(device) for t in (self.document_ids, self.block_ids, self.kinds)))
 
     def visible(self) -> Tensor:
-        """The rule as a dense mask: bool `[R, S, S]`, True = query (row) may attend key (column)."""
+        """The rule as a dense mask: bool `[R, query S, key S]`, True = may attend."""
         query, key = (slice(None), slice(None), None), (slice(None), None, slice(None))
         index = torch.arange(self.kinds.shape[1], device=self.kinds.device)
         earlier = index[None, :, None] > index[None, None, :]

@@ -77,9 +77,7 @@ class CodebookFit:
         table = row if codebook.per_step else 0
         scale = residual.square().mean().sqrt().clamp(min=1e-8)
         fresh = not self.counts[table].any()
-        codebook.gains[row] = (
-            scale if fresh else torch.lerp(scale, codebook.gains[row], self.decay)
-        )
+        codebook.gains[row] = scale if fresh else torch.lerp(scale, codebook.gains[row], self.decay)
         flat = residual.reshape(-1, residual.shape[-1]) / codebook.gains[row]
         if fresh:
             codebook.codes[table] = _draw(flat, codebook.size, generator)
@@ -101,9 +99,7 @@ class CodebookFit:
         self.counts[table] = torch.lerp(counts, self.counts[table], decay)
         self.sums[table] = torch.lerp(sums, self.sums[table], decay)
         used = self.counts[table] > 0
-        self.codebook.codes[table, used] = (
-            self.sums[table, used] / self.counts[table, used, None]
-        )
+        self.codebook.codes[table, used] = self.sums[table, used] / self.counts[table, used, None]
 
     def _reseed(self, flat: Tensor, table: int, generator: torch.Generator) -> None:
         mean_count = self.counts[table].mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ WEIGHTS_FILE = "tokenizer.safetensors"
 class ImageTokenizerConfig:
     """What an image tokeniser is, apart from its weights."""
 
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     num_timesteps: int = 10
     schedule: str = "linear"
     trajectory: str = "path"

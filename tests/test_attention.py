@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from mmrdpm.attention import sdpa
+from mmrdpm.attention.layout import BlockKind, Layout
+
+T, C, N = BlockKind.TEXT, BlockKind.CLEAN, BlockKind.NOISY
+
+
+def make_layout(blocks):
+    """`(document, kind, length)` in order -> a layout of one row; document -1 is padding."""
+    documents, ids, kinds = [], [], []
+    for block, (document, kind, length) in enumerate(blocks):
+        documents += [document] * length
+        ids += [block] * length
+        kinds += [int(kind)] * length
+    return Layout(*(torch.tensor([x]) for x in (documents, ids, kinds)))
+
+
+def random_layout(generator, length=24):
+    blocks, used, document = [], 0, 0
+    while used < length:
+        kind, size, switch = (torch.randint(n, (), generator=generator).item() for n in (3, 4, 3))
+        document += switch == 0
+        blocks.append((document, kind, min(size + 1, length - used)))
+        used += blocks[-1][2]
+    return make_layout([*blocks, (-1, T, 2)])
+
+
+def test_the_rule_worked_by_hand():
+    layout = make_layout([(0, T, 2), (0, N, 2), (0, C, 2), (0, T, 1), (1, T, 1), (-1, T, 1)])
+    expected = [
+        "1........",
+        "11.......",
+        "1111.....",
+        "1111.....",
+        "11..11...",
+        "11..11...",
+        "11..111..",
+        ".......1.",
+        "........1",
+    ]
+    rows = ["".join(".1"[int(x)] for x in row) for row in layout.visible()[0]]
+    assert rows == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mask_equals_the_rule_read_pair_by_pair(seed):
+    layout = random_layout(torch.Generator().manual_seed(seed))
+    documents, blocks, kinds = (x[0].tolist() for x in vars(layout).values())
+    visible = layout.visible()[0]
+    for q in range(len(kinds)):
+        for k in range(len(kinds)):
+            if documents[q] != documents[k] or documents[q] < 0:
+                expected = q == k
+            elif blocks[q] == blocks[k]:
+                expected = kinds[q] != T or k <= q
+            else:
+                expected = kinds[k] != N and k < q
+            assert visible[q, k] == expected, (q, k)
+
+
+def test_sdpa_equals_attention_written_out():
+    generator = torch.Generator().manual_seed(0)
+    layout = random_layout(generator)
+    length = layout.kinds.shape[1]
+    q = torch.randn(1, length, 4, 8, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 1, length, 2, 8, generator=generator, dtype=torch.float64)
+    out = sdpa.plan(layout)(q, k, v)
+    for i in range(length):
+        seen = layout.visible()[0, i]
+        for head in range(4):
+            scores = k[0, seen, head // 2] @ q[0, i, head] / 8**0.5
+            expected = scores.softmax(0) @ v[0, seen, head // 2]
+            torch.testing.assert_close(out[0, i, head], expected)

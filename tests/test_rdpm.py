@@ -1,0 +1,155 @@
+import pytest
+import torch
+
+from mmrdpm.errors import CheckpointError, RecipeError
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.rdpm.autoencoder import AutoencoderConfig
+from mmrdpm.rdpm.codebook import Codebook, CodebookFit, perplexity
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.rdpm.schedule import SCHEDULES, Schedule
+from mmrdpm.rdpm.trajectory import TRAJECTORIES, decode, encode, make_trajectory
+
+TINY = ImageTokenizerConfig(
+    AutoencoderConfig(image_size=16, latent_channels=4, patch=4, widths=(8, 16), blocks=1),
+    num_timesteps=3,
+    codebook_size=8,
+)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_run_from_exact_noise_to_exact_data(name):
+    schedule = Schedule(name, 7)
+    assert schedule.coefficients(7) == (0.0, 1.0)
+    assert schedule.coefficients(0) == (1.0, 0.0)
+    alphas = [schedule.coefficients(t)[0] for t in range(8)]
+    assert alphas == sorted(alphas, reverse=True)
+
+
+def test_cosine_preserves_variance():
+    for timestep in range(11):
+        alpha, sigma = Schedule("cosine", 10).coefficients(timestep)
+        assert alpha**2 + sigma**2 == pytest.approx(1)
+
+
+def test_a_path_worked_by_hand():
+    """z0 = 1, eps = 0, T = 2, codes {-0.5, 0.25, 0.5}: 0 -> 0.5 -> 1."""
+    codebook = Codebook(2, 3, 1)
+    codebook.codes[0] = torch.tensor([[-0.5], [0.25], [0.5]])
+    codes, states = encode(
+        make_trajectory("path", Schedule("linear", 2)),
+        codebook,
+        torch.ones(1, 1, 1),
+        torch.zeros(1, 1, 1, 1),
+    )
+    assert codes.flatten().tolist() == [2, 2]
+    assert states.flatten().tolist() == [1.0, 0.5, 0.0]
+
+
+def test_later_steps_correct_the_errors_of_earlier_ones():
+    """The only small code overshoots or rests, so step 1 must start from the real state."""
+    codebook = Codebook(2, 2, 1)
+    codebook.codes[0] = torch.tensor([[0.0], [1.0]])
+    codes, states = encode(
+        make_trajectory("path", Schedule("linear", 2)),
+        codebook,
+        torch.full((1, 1, 1), 1.2),
+        torch.zeros(1, 1, 1, 1),
+    )
+    assert codes.flatten().tolist() == [0, 1]  # 0.6 -> code 1.0, then 0.2 -> code 0
+    assert states.flatten().tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+@pytest.mark.parametrize("grid", [(5,), (2, 3), (2, 2, 2)])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_decode_retraces_encode_on_grids_of_any_rank(name, grid, per_step):
+    generator = torch.Generator().manual_seed(1)
+    trajectory = make_trajectory(name, Schedule("linear", 4))
+    codebook = Codebook(4, 16, 3, per_step)
+    codebook.codes.normal_(generator=generator)
+    latents = torch.randn(2, *grid, 3, generator=generator)
+    noise = torch.randn(trajectory.num_noises, 2, *grid, 3, generator=generator)
+    codes, states = encode(trajectory, codebook, latents, noise)
+    assert codes.shape == (4, 2, *grid)
+    assert torch.equal(decode(trajectory, codebook, codes, noise), states)
+
+
+def test_nearest_equals_brute_force():
+    generator = torch.Generator().manual_seed(2)
+    codebook = Codebook(2, 32, 5, per_step=True)
+    codebook.codes.normal_(generator=generator)
+    codebook.gains[:] = torch.tensor([0.5, 2.0])
+    residual = torch.randn(4, 6, 5, generator=generator)
+    distance = (residual[..., None, :] / 2.0 - codebook.codes[1]).square().sum(-1)
+    assert torch.equal(codebook.nearest(residual, 2), distance.argmin(-1))
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_the_fit_lowers_the_error_and_uses_every_code(per_step):
+    generator = torch.Generator().manual_seed(3)
+    trajectory = make_trajectory("path", Schedule("linear", 4))
+    codebook = Codebook(4, 32, 2, per_step)
+    fit, errors = CodebookFit(codebook), []
+    for _ in range(30):
+        latents, eps = torch.randn(2, 1024, 2, generator=generator)
+        state = eps
+        for timestep in range(4, 0, -1):
+            residual = trajectory.residual(latents, eps[None], state, timestep)
+            state = state + fit.observe(residual, timestep, generator)
+        errors.append((state - latents).square().mean().item())
+    assert errors[-1] < 0.7 * errors[0]
+    codes, _ = encode(trajectory, codebook, latents, eps[None])
+    assert all(perplexity(step, 32) > 16 for step in codes)
+
+
+def test_perplexity_of_known_uses():
+    assert perplexity(torch.tensor([0, 1, 2, 3]), 8) == pytest.approx(4)
+    assert perplexity(torch.tensor([5, 5]), 8) == pytest.approx(1)
+
+
+def make_tokenizer():
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(TINY).eval()
+    tokenizer.codebook.codes.normal_()
+    return tokenizer
+
+
+def test_a_saved_tokenizer_decodes_records_to_the_same_pictures(tmp_path):
+    tokenizer = make_tokenizer()
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        records = tokenizer.encode(images, [5, 6, 7])
+        tokenizer.save(tmp_path)
+        again = image_tokenizer.load(tmp_path)
+        assert torch.equal(again.decode(records), tokenizer.decode(records))
+        alone = again.decode(records[1:2])
+    assert torch.equal(alone[0], again.decode(records)[1])
+
+
+def test_noise_depends_on_the_seed_alone():
+    tokenizer = make_tokenizer()
+    assert torch.equal(tokenizer.noise([4, 9])[:, 1], tokenizer.noise([9])[:, 0])
+
+
+def test_damaged_or_foreign_weights_are_refused(tmp_path):
+    make_tokenizer().save(tmp_path)
+    path = tmp_path / image_tokenizer.WEIGHTS_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match="truncated"):
+        image_tokenizer.load(tmp_path)
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="pickled"):
+        image_tokenizer.load(tmp_path)
+    path.write_bytes(whole)
+    spec = tmp_path / image_tokenizer.SPEC_FILE
+    spec.write_text(spec.read_text().replace("codebook_size: 8", "codebook_size: 9"))
+    with pytest.raises(CheckpointError, match="shape"):
+        image_tokenizer.load(tmp_path)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(RecipeError, match="linear"):
+        Schedule("linaer", 3)
+    with pytest.raises(RecipeError, match="path"):
+        make_trajectory("paht", Schedule("linear", 3))

@@ -1,0 +1,67 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from mmrdpm import recipe
+from mmrdpm.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Inner:
+    lr: float = field(default=0.1, metadata={"min": 0.0})
+    steps: int = 5
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    train: Inner = field(default_factory=Inner)
+    sizes: tuple[int, ...] = (1, 2)
+    note: str | None = None
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_win_and_the_dump_reads_back_equal(tmp_path):
+    path = write(tmp_path, "name: x\ntrain: {lr: 1}\n")
+    loaded = recipe.load(Outer, path, ["train.lr=1e-3", "sizes=[3]", "train.steps=7"])
+    assert loaded == Outer("x", Inner(lr=1e-3, steps=7), (3,))
+    recipe.dump(loaded, path)
+    assert recipe.load(Outer, path) == loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "parts"),
+    [
+        ("name: x\ntrain: {stesp: 1}", None, ["train.stesp", "did you mean train.steps?"]),
+        ("name: x\ntrain: {steps: 1.5}", None, ["train.steps", "an integer", "1.5"]),
+        ("name: x\ntrain: {steps: true}", None, ["train.steps", "an integer"]),
+        ("name: x\ntrain: {lr: -1}", None, ["train.lr", "at least 0.0"]),
+        ("name: x\ntrain: {kind: c}", None, ["train.kind", "a, b"]),
+        ("name: x\ntrain: 3", None, ["train", "mapping"]),
+        ("train: {}", None, ["name", "missing"]),
+        ("name: [", None, ["not valid YAML"]),
+        ("- 1", None, ["mapping"]),
+        ("name: x", "train.lr", ["key=value"]),
+        ("name: x", "name.deep=1", ["holds no keys"]),
+        ("name: x\nsizes: 4", None, ["sizes", "a list"]),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_place(tmp_path, text, override, parts):
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(Outer, path, [override] if override else [])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"gone\.yaml"):
+        recipe.load(Outer, tmp_path / "gone.yaml")
