@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import sentencepiece
-
 import tokenizers
-from mmrdpm.errors import CheckpointError, DataError
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mmrdpm.errors import CheckpointError, DataError
 
 
 class TextTokenizer(ABC):

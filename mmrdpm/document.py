@@ -1,0 +1,221 @@
+"""Documents to packed rows: pure functions from segments to the tensors that the model reads.
+
+A document is a sequence of segments, text or image, in any order. An image segment becomes one
+noisy block per timestep to be learned, then, where something later looks at it, a clean block.
+The noisy blocks come first, so that "earlier context" never shows them their own clean image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmrdpm.attention.layout import BlockKind, Layout
+from mmrdpm.errors import DataError
+from mmrdpm.vocabulary import Vocabulary
+
+NO_TARGET = -100
+TEXT_TIMESTEP = -1  # marks a token that is no image position
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """A run of token ids, special ones included; each predicts the next of the run."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """One tokenised image.
+
+    Attributes:
+        code_indices: int64 `[T, *grid]`, row `t - 1` holds the targets of timestep t.
+        states: float32 `[T + 1, *grid, C]`, row t holds `x_t`; row T is the start noise.
+        timesteps: those that are learned, each 1..T.
+        clean: whether a later segment sees the image.
+    """
+
+    code_indices: Tensor
+    states: Tensor
+    timesteps: tuple[int, ...] = ()
+    clean: bool = False
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(self.code_indices.shape[1:])
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The timestep of each block, in order; 0 is the clean one."""
+        return self.timesteps + (0,) * self.clean
+
+
+Document = Sequence[TextSegment | ImageSegment]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`R` rows of `S` tokens, or one document as a single row.
+
+    Attributes:
+        token_ids: int64 `[R, S]`; at image positions the padding id, which is not looked at.
+        latents: float32 `[R, S, 2 C]`, `(x_t, x_T)` at image positions, zero elsewhere.
+        timesteps: int64 `[R, S]`, 0 in clean and t in noisy blocks, `TEXT_TIMESTEP` elsewhere.
+        targets: int64 `[R, S]`, token ids over the whole vocabulary, or `NO_TARGET`.
+        positions: int64 `[R, S, 1 + grid rank]`: slot, then place in the grid.
+        layout: who sees whom.
+    """
+
+    token_ids: Tensor
+    latents: Tensor
+    timesteps: Tensor
+    targets: Tensor
+    positions: Tensor
+    layout: Layout
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same rows on another device."""
+        return Packed(
+            *(
+                getattr(self, name).to(device)
+                for name in ("token_ids", "latents", "timesteps", "targets", "positions", "layout")
+            )
+        )
+
+
+def length(document: Document) -> int:
+    """The number of tokens that a document takes in a row."""
+    return sum(
+        len(s.token_ids)
+        if isinstance(s, TextSegment)
+        else len(s.blocks) * s.code_indices[0].numel()
+        for s in document
+    )
+
+
+def assign(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """First fit: the documents of each row, as positions in `lengths`, in their order.
+
+    Raises:
+        DataError: a document is longer than a row.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index, size in enumerate(lengths):
+        if size > seq_len:
+            raise DataError(
+                f"document {index} takes {size} tokens, more than a row of {seq_len}: raise the"
+                " sequence length, or learn fewer timesteps per image"
+            )
+        row = next((r for r, room in enumerate(free) if room >= size), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free.append(seq_len)
+        rows[row].append(index)
+        free[row] -= size
+    return rows
+
+
+def pack(
+    rows: Sequence[Sequence[Document]],
+    seq_len: int,
+    vocabulary: Vocabulary,
+    latent_channels: int,
+    grid_rank: int = 2,
+) -> Packed:
+    """Rows of documents, each padded to `seq_len`."""
+    empty = _empty(len(rows), seq_len, vocabulary, latent_channels, grid_rank)
+    for row, documents in enumerate(rows):
+        offset = block = 0
+        for document_id, document in enumerate(documents):
+            slot = 0
+            for segment in document:
+                for part in _parts(segment, slot, vocabulary, grid_rank):
+                    end = offset + len(part.targets)
+                    _place(empty, row, slice(offset, end), part, document_id, block)
+                    offset, block = end, block + 1
+                slot += len(segment.token_ids) if isinstance(segment, TextSegment) else 1
+        empty.layout.block_ids[row, offset:] = block
+    return empty
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One block of a document, before it has a place."""
+
+    kind: BlockKind
+    timestep: int
+    token_ids: Tensor | None
+    latents: Tensor | None
+    targets: Tensor
+    positions: Tensor
+
+
+def _parts(
+    segment: TextSegment | ImageSegment, slot: int, vocabulary: Vocabulary, grid_rank: int
+) -> list[_Part]:
+    if isinstance(segment, TextSegment):
+        token_ids = torch.tensor(segment.token_ids)
+        targets = torch.cat([token_ids[1:], torch.tensor([NO_TARGET])])
+        positions = torch.zeros(len(token_ids), 1 + grid_rank, dtype=torch.int64)
+        positions[:, 0] = slot + torch.arange(len(token_ids))
+        return [_Part(BlockKind.TEXT, TEXT_TIMESTEP, token_ids, None, targets, positions)]
+    positions = grid_positions(segment.grid, slot)
+    start = segment.states[-1].flatten(0, -2)
+    parts = []
+    for timestep in segment.blocks:
+        latents = torch.cat([segment.states[timestep].flatten(0, -2), start], dim=-1)
+        if timestep:
+            targets = vocabulary.code_token_ids(segment.code_indices[timestep - 1].flatten())
+        else:
+            # what later segments see is the image, whatever noise it was drawn from
+            latents[:, latents.shape[1] // 2 :] = 0
+            targets = torch.full((len(latents),), NO_TARGET)
+        kind = BlockKind.NOISY if timestep else BlockKind.CLEAN
+        parts.append(_Part(kind, timestep, None, latents, targets, positions))
+    return parts
+
+
+def grid_positions(grid: tuple[int, ...], slot: int) -> Tensor:
+    """Positions of one image block: int64 `[N, 1 + rank]`, all in one slot."""
+    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    places = torch.stack([axis.flatten() for axis in axes], dim=-1)
+    return torch.cat([torch.full((len(places), 1), slot), places], dim=-1)
+
+
+def _empty(
+    rows: int, seq_len: int, vocabulary: Vocabulary, latent_channels: int, grid_rank: int
+) -> Packed:
+    shape = (rows, seq_len)
+    return Packed(
+        token_ids=torch.full(shape, vocabulary.pad),
+        latents=torch.zeros(*shape, 2 * latent_channels),
+        timesteps=torch.full(shape, TEXT_TIMESTEP),
+        targets=torch.full(shape, NO_TARGET),
+        positions=torch.zeros(*shape, 1 + grid_rank, dtype=torch.int64),
+        layout=Layout(
+            torch.full(shape, -1),
+            torch.zeros(shape, dtype=torch.int64),
+            torch.full(shape, int(BlockKind.TEXT)),
+        ),
+    )
+
+
+def _place(
+    packed: Packed, row: int, where: slice, part: _Part, document_id: int, block: int
+) -> None:
+    if part.token_ids is not None:
+        packed.token_ids[row, where] = part.token_ids
+    if part.latents is not None:
+        packed.latents[row, where] = part.latents
+    packed.timesteps[row, where] = part.timestep
+    packed.targets[row, where] = part.targets
+    packed.positions[row, where] = part.positions
+    packed.layout.document_ids[row, where] = document_id
+    packed.layout.block_ids[row, where] = block
+    packed.layout.kinds[row, where] = int(part.kind)

@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from mmrdpm.document import ImageSegment, TextSegment, assign, length, pack
+from mmrdpm.errors import DataError
+from mmrdpm.objective import loss
+from mmrdpm.transformer import Transformer, TransformerConfig, rotate, rotations
+from mmrdpm.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(text_size=10, codebook_size=6)
+CHANNELS, STEPS = 3, 4
+
+
+def image(seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(6, (STEPS, 2, 2), generator=generator)
+    states = torch.randn(STEPS + 1, 2, 2, CHANNELS, generator=generator)
+    return ImageSegment(codes, states, **options)
+
+
+def documents():
+    v = VOCABULARY
+    return [
+        [TextSegment((v.bos, 1, 2, v.image_start)), image(1, timesteps=(4, 2))],
+        [
+            TextSegment((v.bos, v.image_start)),
+            image(2, timesteps=(1,), clean=True),
+            TextSegment((v.image_end, 3, v.eos)),
+        ],
+        [TextSegment((v.bos, 5, 6, 7, v.eos))],
+    ]
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48)
+    model = Transformer(config, VOCABULARY.size, CHANNELS, STEPS)
+    for parameter in model.parameters():  # away from the identity that it starts as
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def packed(rows, seq_len=32):
+    return pack(rows, seq_len, VOCABULARY, CHANNELS)
+
+
+def test_a_captioned_image_packed_by_hand():
+    document = documents()[1]
+    row = packed([[document]], seq_len=14)
+    v = VOCABULARY
+    assert length(document) == 13
+    assert row.timesteps[0].tolist() == [-1] * 2 + [1] * 4 + [0] * 4 + [-1] * 4
+    codes = (document[1].code_indices[0].flatten() + v.code_offset).tolist()
+    text = [v.image_start, -100]
+    expected = [*text, *codes, *[-100] * 4, 3, v.eos, -100, -100]
+    assert row.targets[0].tolist() == expected
+    assert row.positions[0, :, 0].tolist() == [0, 1] + [2] * 8 + [3, 4, 5, 0]
+    assert row.positions[0, 2:6, 1:].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert torch.equal(row.latents[0, 2, :3], document[1].states[1, 0, 0])
+    assert torch.equal(row.latents[0, 2, 3:], document[1].states[STEPS, 0, 0])
+    assert row.latents[0, 6, 3:].tolist() == [0, 0, 0]
+    assert row.layout.block_ids[0].tolist() == [0] * 2 + [1] * 4 + [2] * 4 + [3] * 3 + [4]
+
+
+def test_first_fit_keeps_every_document_once_and_no_row_overflows():
+    lengths = [5, 7, 3, 9, 1, 2]
+    rows = assign(lengths, 10)
+    assert rows == [[0, 2, 4], [1, 5], [3]]
+    with pytest.raises(DataError, match="document 1 takes 7"):
+        assign(lengths, 6)
+
+
+def test_neither_packing_nor_company_changes_the_loss():
+    model, docs = make_model(), documents()
+    together = loss(model, packed([docs]), text_weight=0.5)
+    apart = loss(model, packed([[d] for d in docs]), text_weight=0.5)
+    torch.testing.assert_close(together.total, apart.total)
+    torch.testing.assert_close(together.per_token, apart.per_token)
+
+
+def test_the_total_is_the_weighted_mean_and_steps_are_reported_apart():
+    found = loss(make_model(), packed([documents()]), text_weight=0.25)
+    text = found.per_token[found.timesteps < 0]
+    codes = found.per_token[found.timesteps > 0]
+    expected = (0.25 * text.sum() + codes.sum()) / (0.25 * len(text) + len(codes))
+    torch.testing.assert_close(found.total.detach(), expected)
+    assert found.mean(4) == pytest.approx(found.per_token[found.timesteps == 4].mean().item())
+    assert found.mean(3) is None
+
+
+def test_noisy_blocks_reach_nothing_outside_themselves():
+    model, document = make_model(), documents()[1]
+    other = [document[0], image(9, timesteps=(1,), clean=True), document[2]]
+    clean = torch.equal
+    changed = image(9, timesteps=(1,), clean=True)
+    states = changed.states.clone()
+    states[0] = document[1].states[0]  # the same picture from another noise
+    other[1] = ImageSegment(changed.code_indices, states, (1,), True)
+    first, second = (model(packed([[d]]))[0] for d in (document, other))
+    assert not clean(first[2:6], second[2:6])
+    torch.testing.assert_close(first[6:13], second[6:13])
+
+
+def test_rope_sees_differences_of_positions_only():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator)
+
+    def score(a, b):
+        turned = [rotate(x, rotations(torch.tensor([[p]]), 16)) for x, p in ((q, a), (k, b))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score([5, 1, 2], [3, 0, 1]), score([9, 4, 3], [7, 3, 2]))
+    for axis in range(3):
+        moved = [5, 1, 2]
+        moved[axis] += 1
+        assert abs(score(moved, [3, 0, 1]) - score([5, 1, 2], [3, 0, 1])) > 1e-4
+
+
+def test_a_model_learns_the_codes_of_one_document():
+    torch.manual_seed(0)
+    config = TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48)
+    model, rows = Transformer(config, VOCABULARY.size, CHANNELS, STEPS), packed([documents()])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        found = loss(model, rows)
+        found.total.backward()
+        optimizer.step()
+    assert found.per_token[found.timesteps > 0].max() < 0.1
