@@ -1,9 +1,9 @@
-# Two commands for a fresh machine: `make test` now; `make quickstart` comes with the first model.
-PYTHON ?= python3.11
+# Two commands for a fresh machine: `make quickstart` draws and trains, `make test` tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # A CPU build where there is no NVIDIA driver.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 
-.PHONY: setup test
+.PHONY: setup quickstart test
 
 setup: .venv/stamp
 
@@ -12,6 +12,9 @@ setup: .venv/stamp
 	.venv/bin/pip install -q '$(TORCH)'
 	.venv/bin/pip install -q -e '.[dev]'
 	touch $@
+
+quickstart: setup
+	.venv/bin/mmrdpm quickstart
 
 test: setup
 	.venv/bin/ruff check .

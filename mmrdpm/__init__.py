@@ -1,1 +1,5 @@
-"""mmrdpm: one decoder-only transformer over a shared vocabulary of text and RDPM image tokens."""
+"""One transformer over text and recurrent image tokens: `mmrdpm.load("emoji-tiny")`."""
+
+from mmrdpm.api import Model, load
+
+__all__ = ["Model", "load"]

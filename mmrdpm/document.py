@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mmrdpm.attention.layout import BlockKind, Layout
-from mmrdpm.errors import DataError
 from mmrdpm.vocabulary import Vocabulary
 
 NO_TARGET = -100
@@ -95,30 +94,6 @@ def length(document: Document) -> int:
         else len(s.blocks) * s.code_indices[0].numel()
         for s in document
     )
-
-
-def assign(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """First fit: the documents of each row, as positions in `lengths`, in their order.
-
-    Raises:
-        DataError: a document is longer than a row.
-    """
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for index, size in enumerate(lengths):
-        if size > seq_len:
-            raise DataError(
-                f"document {index} takes {size} tokens, more than a row of {seq_len}: raise the"
-                " sequence length, or learn fewer timesteps per image"
-            )
-        row = next((r for r, room in enumerate(free) if room >= size), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            free.append(seq_len)
-        rows[row].append(index)
-        free[row] -= size
-    return rows
 
 
 def pack(

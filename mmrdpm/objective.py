@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from mmrdpm.document import NO_TARGET, Packed
 from mmrdpm.transformer import Transformer
 
+_PART = 512  # positions whose logits are computed at once
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -36,13 +38,16 @@ def loss(model: Transformer, packed: Packed, text_weight: float = 1.0) -> Losses
     """Cross-entropy at every target; text targets weigh `text_weight`, image targets 1.
 
     The mean is over the summed weights, so that packing does not change the objective. Only
-    positions that have a target are scored: logits are the largest tensor of a step.
+    positions that have a target are scored.
     """
     learned = packed.targets != NO_TARGET
     hidden = model(packed)[learned]
     timesteps = packed.timesteps[learned]
-    per_token = cross_entropy(
-        model.logits(hidden).float(), packed.targets[learned], reduction="none"
+    targets = packed.targets[learned]
+    # in parts: the logits of one part stay in the cache, those of all are the largest tensor
+    parts = zip(hidden.split(_PART), targets.split(_PART), strict=True)
+    per_token = torch.cat(
+        [cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in parts]
     )
     weights = torch.where(timesteps < 0, text_weight, 1.0)
     total = (per_token * weights).sum() / weights.sum().clamp(min=1e-8)

@@ -28,6 +28,15 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
     Raises:
         RecipeError: the file is missing or no YAML, a key is unknown, missing or of a wrong type.
     """
+    return from_dict(schema, read(path, overrides), str(path))
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a recipe file, overrides applied, not yet checked against a schema.
+
+    Raises:
+        RecipeError: the file is missing or no YAML mapping, an override is malformed.
+    """
     path = Path(path)
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -41,7 +50,7 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
         raise RecipeError(f"{path}: a recipe is a mapping of keys, not {_kind(mapping)}")
     for override in overrides:
         _override(mapping, override)
-    return from_dict(schema, mapping, str(path))
+    return mapping
 
 
 def from_dict(schema: type[T], mapping: Mapping[str, Any], where: str) -> T:

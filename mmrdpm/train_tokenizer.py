@@ -1,6 +1,7 @@
-"""Trains an image tokeniser: first the autoencoder, then the codebook, then the decoder again.
+"""Trains tokenisers: of text in one go, of images in one resumable loop.
 
-One loop, three phases after each other. All randomness is drawn from (seed, step), and a step's
+An image tokeniser learns in three phases after each other: first the autoencoder, then the
+codebook, then the decoder again. All randomness is drawn from (seed, step), and a step's
 phase follows from its number, so a run can stop anywhere and go on as if it had not.
 """
 
@@ -9,14 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mmrdpm import checkpoint, text_tokenizer, weights
+from mmrdpm.checkpoint import CheckpointPolicy
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.glosses import load_glosses
+from mmrdpm.data.pictures import to_tensor
+from mmrdpm.monitor import Monitor
 from mmrdpm.rdpm.autoencoder import reconstruction_loss
 from mmrdpm.rdpm.codebook import CodebookFit
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.rdpm.trajectory import encode
+from mmrdpm.text_tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -24,24 +34,97 @@ class ImageTokenizerTraining:
     """How an image tokeniser is trained.
 
     Attributes:
-        autoencoder_steps, codebook_steps, decoder_steps: updates of each phase.
+        steps: updates of all phases together.
+        codebook_share, decoder_share: of the steps, those of the two later phases.
         latent_noise: standard deviation of the noise on the latents, whose own is 1.
         codebook_batch: images per codebook update; many residuals are needed per code.
     """
 
-    autoencoder_steps: int = field(default=4000, metadata={"min": 1})
-    codebook_steps: int = field(default=300, metadata={"min": 1})
-    decoder_steps: int = field(default=500, metadata={"min": 0})
-    lr: float = 1e-3
-    batch_size: int = field(default=128, metadata={"min": 2})
-    codebook_batch: int = field(default=1024, metadata={"min": 1})
+    steps: int = field(default=5000, metadata={"min": 3})
+    codebook_share: float = field(default=0.04, metadata={"min": 0.0, "max": 0.5})
+    decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.5})
+    lr: float = field(default=1e-3, metadata={"min": 0.0})
+    batch_size: int = field(default=64, metadata={"min": 2})
+    codebook_batch: int = field(default=512, metadata={"min": 1})
     latent_noise: float = field(default=0.2, metadata={"min": 0.0})
     seed: int = 0
     threads: int = field(default=2, metadata={"min": 1})
 
     @property
-    def total_steps(self) -> int:
-        return self.autoencoder_steps + self.codebook_steps + self.decoder_steps
+    def codebook_steps(self) -> int:
+        return max(1, round(self.steps * self.codebook_share))
+
+    @property
+    def decoder_steps(self) -> int:
+        return round(self.steps * self.decoder_share)
+
+    @property
+    def autoencoder_steps(self) -> int:
+        return max(1, self.steps - self.codebook_steps - self.decoder_steps)
+
+
+@dataclass(frozen=True)
+class ImageTokenizerRecipe:
+    """A recipe of kind `image`, trained on the training pictures of the emoji data."""
+
+    tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    train: ImageTokenizerTraining = field(default_factory=ImageTokenizerTraining)
+    checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    kind: Literal["image"] = "image"
+
+
+@dataclass(frozen=True)
+class TextTokenizerRecipe:
+    """A recipe of kind `text`, trained on the names and definitions of the embedded data."""
+
+    model: Literal["bpe", "sentencepiece"] = "bpe"
+    vocab_size: int = field(default=4096, metadata={"min": 257, "max": 1_000_000})
+    kind: Literal["text"] = "text"
+
+
+def train_text(recipe: TextTokenizerRecipe, folder: Path) -> TextTokenizer:
+    """Trains a text tokeniser into a folder: a matter of seconds, so there is nothing to resume.
+
+    Raises:
+        CheckpointError: the folder holds a run already.
+    """
+    checkpoint.begin(folder, recipe, resume=False)
+    data = load_emoji(8)
+    names = [data.names[i] for i in data.indices("train")]
+    fit = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
+    tokenizer = fit[recipe.model](names + load_glosses(), recipe.vocab_size)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -> bool:
+    """Trains an image tokeniser into a run folder; False if it was stopped before the end.
+
+    Raises:
+        CheckpointError: the folder holds another run, or a checkpoint could not be written.
+    """
+    torch.set_num_threads(recipe.train.threads)
+    checkpoint.begin(run, recipe, resume)
+    data = load_emoji(recipe.tokenizer.autoencoder.image_size)
+    images = to_tensor(data.images[data.indices("train")])
+    trainer = TokenizerTrainer(recipe.tokenizer, recipe.train, images)
+    if latest := checkpoint.newest(run):
+        trainer.restore(latest)
+    with Monitor(run, "image tokeniser", recipe.train.steps, trainer.step) as monitor:
+        for step, phase, loss in trainer.run():
+            monitor.advance(step)
+            if step % recipe.checkpoint.log_every == 0:
+                monitor.record(step, {f"loss/{phase}": loss}, {phase: f"{loss:.4f}"})
+            last = step == recipe.train.steps or monitor.stopping
+            if last or step % recipe.checkpoint.every == 0:
+                tensors = trainer.tokenizer.state_dict()
+                checkpoint.save(run, step, tensors, {}, trainer.state())
+                checkpoint.prune(run, recipe.checkpoint.keep)
+            if last:
+                break
+    if finished := trainer.step == recipe.train.steps:
+        trainer.tokenizer.save(run)
+    return finished
 
 
 class TokenizerTrainer:
@@ -61,10 +144,26 @@ class TokenizerTrainer:
             self.autoencoder.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-4
         )
 
+    def state(self) -> dict[str, Any]:
+        """What an exact resume needs beside the tokeniser's own weights."""
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "fit": {"counts": self.fit.counts, "sums": self.fit.sums},
+        }
+
+    def restore(self, path: Path) -> None:
+        """Goes back to where the checkpoint at `path` was taken."""
+        weights.load_into(self.tokenizer, path)
+        state = checkpoint.state_of(path)
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fit.counts, self.fit.sums = state["fit"]["counts"], state["fit"]["sums"]
+
     def run(self) -> Iterator[tuple[int, str, float]]:
         """Makes the remaining updates; yields the step's number, its phase and its loss."""
         plan = self.training
-        while self.step < plan.total_steps:
+        while self.step < plan.steps:
             generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
             if self.step < plan.autoencoder_steps:
                 phase, loss = "autoencoder", self._train_autoencoder(generator)
@@ -126,7 +225,7 @@ class TokenizerTrainer:
 
     def _update(self, loss: Tensor, progress: float) -> float:
         """One step of AdamW; the learning rate falls as a cosine over the phase's progress."""
-        warmup = min(1.0, (progress * self.training.total_steps + 1) / 50)
+        warmup = min(1.0, (progress * self.training.steps + 1) / 50)
         lr = self.training.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = lr

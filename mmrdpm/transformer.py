@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
 from mmrdpm.attention import sdpa
+from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed
 from mmrdpm.errors import RecipeError
 
@@ -88,6 +89,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.plan: Callable[[Layout], Callable[..., Tensor]] = sdpa.plan  # a run may choose another
         self.table = nn.Embedding(vocab_size, config.width)
         self.from_latents = nn.Linear(2 * latent_channels, config.width, bias=False)
         self.timesteps = nn.Embedding(num_timesteps + 1, config.width)
@@ -107,7 +109,7 @@ class Transformer(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed rows -> hidden states `[R, S, width]`; `logits` scores them."""
-        attend = sdpa.plan(packed.layout)
+        attend = self.plan(packed.layout)
         x = self.embed(packed.token_ids, packed.latents, packed.timesteps)
         return self.run(x, packed.positions, lambda _, q, k, v: attend(q, k, v))
 

@@ -64,6 +64,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone, see `load`."""
+    return load(path)[1]
+
+
 def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
     """Fills a module with the tensors of a file, cast to the module's dtypes; gives the metadata.
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from mmrdpm.attention import sdpa
+from mmrdpm.attention import backend, sdpa, xformers
 from mmrdpm.attention.layout import BlockKind, Layout
+from mmrdpm.errors import RecipeError
 
 T, C, N = BlockKind.TEXT, BlockKind.CLEAN, BlockKind.NOISY
 
@@ -25,6 +26,12 @@ def random_layout(generator, length=24):
         blocks.append((document, kind, min(size + 1, length - used)))
         used += blocks[-1][2]
     return make_layout([*blocks, (-1, T, 2)])
+
+
+def random_rows(seed, rows=3):
+    generator = torch.Generator().manual_seed(seed)
+    layouts = [random_layout(generator) for _ in range(rows)]
+    return Layout(*(torch.cat(x) for x in zip(*(vars(a).values() for a in layouts), strict=True)))
 
 
 def test_the_rule_worked_by_hand():
@@ -73,3 +80,53 @@ def test_sdpa_equals_attention_written_out():
             scores = k[0, seen, head // 2] @ q[0, i, head] / 8**0.5
             expected = scores.softmax(0) @ v[0, seen, head // 2]
             torch.testing.assert_close(out[0, i, head], expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sdpa_written_out_equals_the_fused_one(seed):
+    layout = random_rows(seed)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(*layout.kinds.shape, 4, 8, generator=generator)
+    k, v = torch.randn(2, *layout.kinds.shape, 2, 8, generator=generator)
+    fused = sdpa.masked(q, k, v, layout.visible()[:, None])
+    torch.testing.assert_close(sdpa.plan(layout)(q, k, v), fused)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_biases_of_xformers_are_the_rule(seed):
+    """Both parts' biases, made dense and put back in place, give the mask and nothing twice."""
+    layout = random_rows(seed)
+    rows, length = layout.kinds.shape
+    seen = torch.zeros(rows * length, rows * length, dtype=torch.int64)
+    for part in xformers.parts(layout):
+        bias = part.bias().materialize((len(part.queries), len(part.keys)))
+        query, key = (bias == 0).nonzero(as_tuple=True)
+        seen.index_put_(
+            (part.queries[query], part.keys[key]), torch.ones_like(query), accumulate=True
+        )
+    expected = torch.block_diag(*layout.visible().long())
+    expected[(layout.document_ids < 0).flatten()] = 0  # padding gets nothing at all
+    assert torch.equal(seen, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("seed", range(3))
+def test_xformers_equals_sdpa_forward_and_backward(seed):
+    layout = random_rows(seed).to("cuda")
+    inside = (layout.document_ids >= 0)[..., None, None]
+    generator = torch.Generator("cuda").manual_seed(seed)
+    results = []
+    shared = torch.randn(*layout.kinds.shape, 8, 32, device="cuda", generator=generator)
+    for plan in (sdpa.plan, xformers.plan):
+        q, k, v = (x.clone().requires_grad_() for x in shared.split((4, 2, 2), dim=2))
+        out = torch.where(inside, plan(layout)(q, k, v), 0)
+        out.square().sum().backward()
+        results.append((out, q.grad, k.grad, v.grad))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_backend_that_cannot_run_is_refused():
+    assert backend.resolve("auto", torch.device("cpu")) == "sdpa"
+    with pytest.raises(RecipeError, match="it needs CUDA, not cpu"):
+        backend.resolve("xformers", torch.device("cpu"))

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from mmrdpm.document import ImageSegment, TextSegment, assign, length, pack
-from mmrdpm.errors import DataError
+from mmrdpm.document import ImageSegment, TextSegment, length, pack
 from mmrdpm.objective import loss
 from mmrdpm.transformer import Transformer, TransformerConfig, rotate, rotations
 from mmrdpm.vocabulary import Vocabulary
@@ -60,14 +59,6 @@ def test_a_captioned_image_packed_by_hand():
     assert torch.equal(row.latents[0, 2, 3:], document[1].states[STEPS, 0, 0])
     assert row.latents[0, 6, 3:].tolist() == [0, 0, 0]
     assert row.layout.block_ids[0].tolist() == [0] * 2 + [1] * 4 + [2] * 4 + [3] * 3 + [4]
-
-
-def test_first_fit_keeps_every_document_once_and_no_row_overflows():
-    lengths = [5, 7, 3, 9, 1, 2]
-    rows = assign(lengths, 10)
-    assert rows == [[0, 2, 4], [1, 5], [3]]
-    with pytest.raises(DataError, match="document 1 takes 7"):
-        assign(lengths, 6)
 
 
 def test_neither_packing_nor_company_changes_the_loss():

@@ -121,7 +121,10 @@ def test_a_saved_tokenizer_decodes_records_to_the_same_pictures(tmp_path):
         records = tokenizer.encode(images, [5, 6, 7])
         tokenizer.save(tmp_path)
         again = image_tokenizer.load(tmp_path)
-        assert torch.equal(again.decode(records), tokenizer.decode(records))
+        # weights are stored as float16
+        torch.testing.assert_close(
+            again.decode(records), tokenizer.decode(records), atol=0.02, rtol=0
+        )
         alone = again.decode(records[1:2])
     assert torch.equal(alone[0], again.decode(records)[1])
 

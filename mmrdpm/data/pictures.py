@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -68,3 +69,18 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     """float32 `[B, 3, H, W]` in [-1, 1] -> RGB pictures."""
     squares = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(square.permute(1, 2, 0).cpu().numpy()) for square in squares]
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4
+) -> Image.Image:
+    """Pictures of one size in rows on white, enlarged `scale` times without smoothing."""
+    width, height = next(picture.size for row in rows for picture in row)
+    cell = (width * scale + gap, height * scale + gap)
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * cell[0] + gap, len(rows) * cell[1] + gap), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            large = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(large, (gap + x * cell[0], gap + y * cell[1]))
+    return sheet

@@ -28,7 +28,7 @@ class ImageTokenizerConfig:
     schedule: str = "linear"
     trajectory: str = "path"
     codebook_size: int = 1024
-    per_step_codebook: bool = True
+    per_step_codebook: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,14 @@ class ImageTokenizer(nn.Module):
         return torch.cat(images).clamp(-1, 1)
 
     def save(self, folder: Path) -> None:
-        """Writes the spec and the weights into a folder, which is made if missing."""
+        """Writes the spec and the weights, as float16, into a folder, which is made if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         recipe.dump(self.config, folder / SPEC_FILE)
-        weights.save(self.state_dict(), folder / WEIGHTS_FILE)
+        half = {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        weights.save(half, folder / WEIGHTS_FILE)
 
 
 def load(folder: Path) -> ImageTokenizer:

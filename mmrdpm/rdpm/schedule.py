@@ -27,9 +27,30 @@ def _cosine(time: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, torch.sqrt((1 - alpha**2).clamp(min=0))
 
 
+def _power(time: Tensor) -> tuple[Tensor, Tensor]:
+    """The straight line at a falling speed: `sigma = time ** 1.5`.
+
+    Codes lag behind a path that moves on (a quantised residual is shorter than the residual), and
+    the lag at the end is the tokeniser's error; slowing down lets the last codes catch up.
+    """
+    return _slowing(time, 1.5)
+
+
+def _cubic(time: Tensor) -> tuple[Tensor, Tensor]:
+    """As `power`, slower still at the end: `sigma = time ** 3`."""
+    return _slowing(time, 3.0)
+
+
+def _slowing(time: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    sigma = time**exponent
+    return 1 - sigma, sigma
+
+
 SCHEDULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "linear": _linear,
     "cosine": _cosine,
+    "power": _power,
+    "cubic": _cubic,
 }
 
 

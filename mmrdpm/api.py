@@ -1,0 +1,231 @@
+"""`load()` and `Model`: pictures from texts, texts from pictures, texts from texts.
+
+A model is a folder, a run's own or a shipped one:
+
+    DIR/recipe.yaml                resolved recipe: model, data.seq_len and sampling count here
+    DIR/step-*.safetensors         weights, the newest last by name
+    DIR/tokenizers/image, text     the tokenizers that they were trained with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmrdpm import checkpoint, machine, recipe, shipped, text_tokenizer, weights
+from mmrdpm.data.pictures import to_pictures, to_square, to_tensor
+from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, length, pack
+from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
+from mmrdpm.sampling.choose import Choice
+from mmrdpm.sampling.image import Guided, sample_image
+from mmrdpm.sampling.text import sample_text, text_log_likelihood
+from mmrdpm.text_tokenizer import TextTokenizer
+from mmrdpm.transformer import Transformer, TransformerConfig
+from mmrdpm.vocabulary import Vocabulary
+
+DEFAULT_MODEL = "emoji-tiny"
+IMAGE_TOKENIZER, TEXT_TOKENIZER = "tokenizers/image", "tokenizers/text"  # inside a model's folder
+_MAX_SEED = 2**63 - 1
+_LONGEST_CAPTION = 48  # tokens; the embedded names take 20 at most
+
+
+def load(model: str | Path = DEFAULT_MODEL) -> Model:
+    """A shipped model by name, or the newest checkpoint of a run folder.
+
+    Raises:
+        MmrdpmError: there is no such model, or its files are damaged or do not fit together.
+    """
+    folder = shipped.resolve("models", model)
+    path = checkpoint.newest(folder) if folder.is_dir() else None
+    if path is None:
+        raise CheckpointError(
+            f"{folder}: no model: give a folder that holds {checkpoint.RECIPE_FILE} and"
+            " step-*.safetensors, as `mmrdpm train` makes it"
+        )
+    spec = folder / checkpoint.RECIPE_FILE
+    mapping = recipe.read(spec)
+    config = recipe.from_dict(TransformerConfig, mapping.get("model") or {}, f"{spec}: model")
+    sampling = recipe.from_dict(Guided, mapping.get("sampling") or {}, f"{spec}: sampling")
+    context = (mapping.get("data") or {}).get("seq_len")
+    if not isinstance(context, int):
+        raise CheckpointError(f"{spec}: data.seq_len must be an integer: the recipe is damaged")
+    images = image_tokenizer.load(folder / IMAGE_TOKENIZER)
+    texts = text_tokenizer.load(folder / TEXT_TOKENIZER)
+    vocabulary = Vocabulary(texts.size, images.codebook_size)
+    transformer = build(config, vocabulary, images)
+    _check_vocabulary(path, vocabulary)
+    weights.load_into(transformer, path)
+    transformer.eval().requires_grad_(False)
+    return Model(transformer, images, texts, sampling, context).to(machine.device())
+
+
+def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokenizer) -> Transformer:
+    """A fresh transformer that fits the tokenizers."""
+    return Transformer(config, vocabulary.size, images.latent_channels, images.num_timesteps)
+
+
+def _check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    saved = weights.metadata(path).get("vocabulary")
+    if saved is not None:
+        vocabulary.check_same(recipe.from_dict(Vocabulary, saved, str(path)), str(path))
+
+
+@dataclass
+class Model:
+    """A transformer with its tokenizers, ready to use.
+
+    Every picture and text is computed by itself, so that it depends on its own input and seed
+    alone, whatever else is in the batch.
+
+    Attributes:
+        sampling: what `generate` uses where it is not told otherwise.
+        context: the most tokens that a document may take.
+    """
+
+    transformer: Transformer
+    images: ImageTokenizer
+    texts: TextTokenizer
+    sampling: Guided
+    context: int
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.texts.size, self.images.codebook_size)
+
+    def to(self, device: torch.device | str) -> Model:
+        """The same model on another device."""
+        return replace(self, transformer=self.transformer.to(device), images=self.images.to(device))
+
+    def generate(
+        self, prompts: Sequence[str], seed: int = 0, n: int = 1, **how: float
+    ) -> list[Image.Image]:
+        """Draws `n` pictures per prompt, in the prompts' order.
+
+        Picture j of a prompt is drawn with the seed `seed + j`: it is the same picture that
+        `n=1` with that seed gives.
+
+        Args:
+            how: what differs from `self.sampling`: guidance_scale, temperature, top_k, top_p.
+
+        Raises:
+            UsageError: a prompt is empty or too long, or a number is out of range.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("generate takes a list of prompts: put the text in [brackets]")
+        states = [self._states(p, seed + j, **how)[:1] for p in prompts for j in range(n)]
+        return to_pictures(self.images.decode_latents(torch.cat(states))) if states else []
+
+    def trace(self, prompt: str, seed: int = 0, **how: float) -> list[Image.Image]:
+        """The picture after every step, from `x_T` (noise) to `x_0` (what `generate` gives)."""
+        return to_pictures(self.images.decode_latents(self._states(prompt, seed, **how).flip(0)))
+
+    def reconstruct(self, images: Sequence[Image.Image], seed: int = 0) -> list[Image.Image]:
+        """What the image tokeniser leaves of pictures: through their codes and back."""
+        latents = torch.stack([self._states_of(image, seed)[1][0] for image in images])
+        return to_pictures(self.images.decode_latents(latents))
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """The likeliest text for each picture, token by token, of at most 48 tokens."""
+        return [self._continue(self._looked_at(image), _LONGEST_CAPTION) for image in images]
+
+    def complete(
+        self, text: str, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """The text with its continuation.
+
+        Raises:
+            UsageError: the text is empty or longer than the context.
+        """
+        if not text:
+            raise UsageError("the text to complete is empty: give at least one character")
+        ids = (self.vocabulary.bos, *self.texts.encode(text))
+        if len(ids) >= self.context:
+            raise UsageError(_too_long("the text", len(ids), self.context - 1))
+        return text + self._continue(
+            [TextSegment(ids)], max_tokens, Choice(temperature), _seed(seed)
+        )
+
+    def score(self, image: Image.Image, text: str) -> float:
+        """`log p(text | image)` in nats, exact, with the end of the text; at most 0.
+
+        Raises:
+            UsageError: the text is longer than the context.
+        """
+        ids = (*self.texts.encode(text), self.vocabulary.eos)
+        before, picture, after = self._looked_at(image)
+        document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
+        return text_log_likelihood(self.transformer, self._pack(document), len(ids))
+
+    def _states(self, prompt: str, seed: int, **how: float) -> Tensor:
+        try:
+            guided = replace(self.sampling, **how)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise UsageError(f"generate: {error}") from None
+        caption = self._prompt(prompt)
+        return sample_image(
+            self.transformer, self.images, self.vocabulary, caption, _seed(seed), guided
+        )
+
+    def _continue(
+        self, document: Document, max_tokens: int, choice: Choice | None = None, seed: int = 0
+    ) -> str:
+        room = max(0, min(max_tokens, self.context - length(document)))
+        packed = self._pack(document)
+        ids = sample_text(self.transformer, self.vocabulary, packed, room, seed, choice)
+        return self.texts.decode(ids)
+
+    def _looked_at(self, image: Image.Image) -> tuple[TextSegment, ImageSegment, TextSegment]:
+        """What comes before a caption: the picture as its codes give it, from noise of seed 0."""
+        code_indices, states = self._states_of(image, seed=0)
+        segment = ImageSegment(code_indices.cpu(), states.cpu(), clean=True)
+        vocabulary = self.vocabulary
+        return (
+            TextSegment((vocabulary.bos, vocabulary.image_start)),
+            segment,
+            TextSegment((vocabulary.image_end,)),
+        )
+
+    @torch.no_grad()
+    def _states_of(self, image: Image.Image, seed: int) -> tuple[Tensor, Tensor]:
+        """A picture's code indices `[T, *grid]` and states `[T + 1, *grid, C]`."""
+        pixels = to_tensor(to_square(image, self.images.image_size)[None])
+        latents = self.images.autoencoder.encode(pixels.to(self._device))
+        code_indices, states = self.images.encode_latents(latents, [seed])
+        return code_indices[:, 0], states[:, 0]
+
+    def _pack(self, document: Document) -> Packed:
+        size = length(document)
+        if size > self.context:
+            raise UsageError(_too_long("the document", size, self.context))
+        channels, rank = self.images.latent_channels, len(self.images.grid)
+        return pack([[document]], size, self.vocabulary, channels, rank).to(self._device)
+
+    def _prompt(self, prompt: str) -> tuple[int, ...]:
+        if not prompt.strip():
+            raise UsageError("the prompt is empty: say what to draw")
+        ids = tuple(self.texts.encode(prompt))
+        room = self.context - 2 - self.images.noise([0])[0, 0, ..., 0].numel()
+        if len(ids) > room:
+            raise UsageError(_too_long(f"the prompt {prompt[:30]!r}", len(ids), room))
+        return ids
+
+    @property
+    def _device(self) -> torch.device:
+        return self.transformer.table.weight.device
+
+
+def _seed(seed: int) -> int:
+    if not 0 <= seed <= _MAX_SEED:
+        raise UsageError(f"seed {seed}: it must be between 0 and {_MAX_SEED}")
+    return seed
+
+
+def _too_long(what: str, size: int, room: int) -> str:
+    return f"{what} takes {size} tokens, but the context has room for {room}: make it shorter"

@@ -1,0 +1,152 @@
+"""Checkpoints of a run: weights for everybody, and the state that an exact resume needs.
+
+    DIR/recipe.yaml                  the resolved recipe
+    DIR/step-0000500.safetensors     weights, the newest last by name
+    DIR/resume/step-0000500.safetensors   optimiser, data position, random seeds: a tree of tensors
+
+The state is written before the weights: weights without a state do not exist after a crash, and a
+checkpoint counts only when both are there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmrdpm import recipe, weights
+from mmrdpm.errors import CheckpointError
+
+RECIPE_FILE = "recipe.yaml"
+_RESUME = "resume"
+_NAME = re.compile(r"step-\d{7}\.safetensors")
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """When a run saves and logs, in steps, and how many checkpoints it keeps."""
+
+    every: int = field(default=500, metadata={"min": 1})
+    keep: int = field(default=2, metadata={"min": 1})
+    log_every: int = field(default=20, metadata={"min": 1})
+
+
+def begin(run: Path, resolved: Any, resume: bool) -> None:
+    """Opens a run folder: makes it and writes the recipe, or checks that the recipe is the same.
+
+    Raises:
+        CheckpointError: there is a run already and `resume` is off; none, or one of another
+            recipe, and it is on.
+    """
+    path = run / RECIPE_FILE
+    if not resume:
+        if path.exists():
+            raise CheckpointError(
+                f"{run}: holds a run already: go on with --resume, or name another folder"
+            )
+        run.mkdir(parents=True, exist_ok=True)
+        recipe.dump(resolved, path)
+        return
+    if not path.exists():
+        raise CheckpointError(f"{run}: no run to resume: leave --resume out to begin one")
+    saved = recipe.from_dict(type(resolved), recipe.read(path), str(path))
+    for key, old, new in _differences(recipe.to_dict(saved), recipe.to_dict(resolved)):
+        raise CheckpointError(
+            f"{run}: was begun with {key}={old}, not {new}: resume it with the same recipe"
+        )
+
+
+def save(run: Path, step: int, parameters: Mapping[str, Tensor], about: Any, state: Any) -> Path:
+    """Writes one checkpoint; `about` lies readable in the weights' header.
+
+    Raises:
+        CheckpointError: it could not be written; earlier ones are untouched.
+    """
+    path = run / f"step-{step:07d}.safetensors"
+    save_tree(state, run / _RESUME / path.name)
+    weights.save(parameters, path, about)
+    return path
+
+
+def newest(run: Path) -> Path | None:
+    """The weights of the newest checkpoint, None where there is none."""
+    found = _all(run)
+    return found[-1] if found else None
+
+
+def state_of(path: Path) -> Any:
+    """The resume state saved with the weights at `path`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    return load_tree(path.parent / _RESUME / path.name)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints."""
+    for path in _all(run)[:-keep]:
+        path.unlink()
+        (run / _RESUME / path.name).unlink(missing_ok=True)
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted(path for path in run.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
+
+
+def save_tree(tree: Any, path: Path) -> None:
+    """Writes nested dicts and lists of tensors, numbers and texts as one safetensors file.
+
+    Raises:
+        CheckpointError: it could not be written; what was there is untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    weights.save(tensors, path, {"tree": _encode(tree, tensors)})
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    tensors, metadata = weights.load(path)
+    try:
+        return _decode(metadata["tree"], tensors)
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path}: not a resume state of this project") from None
+
+
+def _encode(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """A tree as JSON; tensors go aside, dicts become lists of pairs, as keys may be integers."""
+    if isinstance(node, Tensor):
+        name = f"{len(tensors):05d}"
+        tensors[name] = node.clone()  # two names for one tensor would not be saved
+        return {"tensor": name}
+    if isinstance(node, Mapping):
+        return {"pairs": [[key, _encode(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, (list, tuple)):
+        return [_encode(value, tensors) for value in node]
+    return node
+
+
+def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, dict):
+        if "tensor" in node:
+            return tensors[node["tensor"]]
+        return {key: _decode(value, tensors) for key, value in node["pairs"]}
+    return [_decode(value, tensors) for value in node] if isinstance(node, list) else node
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+        ]
+    return [] if old == new else [(prefix, old, new)]

@@ -1,0 +1,62 @@
+"""Drawing one id from logits: temperature, top-k, top-p, and Gumbel noise from a generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmrdpm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How ids are drawn.
+
+    Attributes:
+        temperature: 0 takes the likeliest id.
+        top_k: keep the k likeliest ids, 0 keeps all.
+        top_p: keep the likeliest ids that together reach this probability, 1 keeps all.
+    """
+
+    temperature: float = field(default=1.0, metadata={"min": 0.0})
+    top_k: int = field(default=0, metadata={"min": 0})
+    top_p: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UsageError(
+                f"temperature {self.temperature} and top-k {self.top_k} must be at least 0, top-p"
+                f" {self.top_p} above 0 and at most 1"
+            )
+
+
+def choose(logits: Tensor, choice: Choice, generator: torch.Generator) -> Tensor:
+    """Draws from `softmax(logits / temperature)` over what top-k and top-p keep.
+
+    Args:
+        logits: float `[..., V]`.
+
+    Returns:
+        int64 `[...]`.
+    """
+    if choice.temperature == 0:
+        return logits.argmax(-1)
+    kept = keep(logits.double() / choice.temperature, choice.top_k, choice.top_p)
+    # Gumbel-max: argmax(logits + g) is a sample of softmax(logits), whatever the batch
+    uniform = torch.rand(kept.shape, generator=generator, dtype=torch.float64).to(kept.device)
+    return (kept - torch.log(-torch.log(uniform.clamp(min=1e-300)))).argmax(-1)
+
+
+def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The logits with all ids that top-k and top-p drop at minus infinity."""
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits

@@ -1,0 +1,49 @@
+"""A model small enough to train inside a test: 2x2 positions, 3 timesteps, 16 codes."""
+
+import pytest
+import torch
+import yaml
+
+from mmrdpm import recipe, text_tokenizer
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.rdpm.autoencoder import AutoencoderConfig
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.train_model import ModelRecipe, train
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizers(tmp_path_factory):
+    """A folder with `image` and `text`."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    torch.manual_seed(0)
+    shape = AutoencoderConfig(image_size=16, latent_channels=4, widths=(8, 16), blocks=1)
+    images = ImageTokenizer(ImageTokenizerConfig(shape, num_timesteps=3, codebook_size=16))
+    images.codebook.codes.normal_()
+    images.save(folder / "image")
+    text_tokenizer.train_bpe(load_emoji(8).names, 320).save(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_tokenizers, tmp_path_factory):
+    """The file of a recipe that trains in a second or two."""
+    mapping = {
+        "kind": "model",
+        "tokenizers": {t: str(tiny_tokenizers / t) for t in ("image", "text")},
+        "model": {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "ffn": 48},
+        "data": {"rows": 2, "seq_len": 96, "steps_per_image": 2},
+        "train": {"steps": 12, "warmup": 2, "threads": 1},
+        "checkpoint": {"every": 4, "log_every": 2},
+        "samples": {"every": 12, "prompts": ["red heart"]},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_recipe, tmp_path_factory):
+    """The folder of a finished run of that recipe."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train(recipe.load(ModelRecipe, tiny_recipe), run)
+    return run

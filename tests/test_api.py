@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmrdpm
+from mmrdpm.document import TextSegment, pack
+from mmrdpm.errors import CheckpointError, MmrdpmError, UsageError
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return mmrdpm.load(tiny_run)
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def picture(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_a_picture_depends_on_prompt_and_seed_alone(model):
+    many = model.generate(["red heart", "a cat"], seed=3, n=3)
+    assert [p.size for p in many] == [(16, 16)] * 6
+    assert same(many[4], model.generate(["a cat"], seed=4)[0])
+    assert not same(many[0], many[1])
+    apart = model.generate(["red heart", "a cat"], guidance_scale=100.0)
+    assert not same(*apart)
+    assert same(model.trace("red heart", seed=3)[-1], many[0])
+    assert model.generate([]) == []
+
+
+def test_a_caption_depends_on_its_picture_alone(model):
+    pictures = [picture(0), Image.new("L", (5, 5)), picture(1)]
+    together = model.caption(pictures)
+    assert together == [model.caption([p])[0] for p in pictures]
+
+
+def test_the_score_is_the_likelihood_of_every_continuation(model):
+    """Over all texts of at most one token, and everything longer, probabilities sum to one."""
+    image = picture()
+    end = np.exp(model.score(image, ""))
+    before, segment, after = model._looked_at(image)
+    row = pack([[[before, segment, after]]], 7, model.vocabulary, 4)
+    logits = model.transformer.logits(model.transformer(row))[0, -1].double()
+    probabilities = logits.softmax(-1)
+    assert end == pytest.approx(probabilities[model.vocabulary.eos].item(), rel=1e-4)
+    token = model.texts.encode("a")[0]
+    longer = [before, segment, TextSegment((*after.token_ids, token))]
+    row = pack([[longer]], 8, model.vocabulary, 4)
+    then = model.transformer.logits(model.transformer(row))[0, -1].double().softmax(-1)
+    expected = probabilities[token].log() + then[model.vocabulary.eos].log()
+    assert model.score(image, "a") == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_text_is_continued_and_seeds_matter(model):
+    assert model.complete("A lantern", max_tokens=5).startswith("A lantern")
+    warm = {model.complete("A", max_tokens=8, temperature=1.0, seed=s) for s in range(4)}
+    assert len(warm) > 1
+    assert model.complete("A", 8, 1.0, seed=2) == model.complete("A", 8, 1.0, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.generate([" "]), "the prompt is empty"),
+        (lambda m: m.generate(["word " * 200]), "make it shorter"),
+        (lambda m: m.generate("red heart"), "list of prompts"),
+        (lambda m: m.generate(["a"], seed=-1), "seed -1"),
+        (lambda m: m.generate(["a"], temperature=-1.0), "temperature -1.0"),
+        (lambda m: m.generate(["a"], guidance=2.0), "guidance"),
+        (lambda m: m.complete(""), "is empty"),
+        (lambda m: m.complete("word " * 200), "make it shorter"),
+        (lambda m: m.score(Image.new("RGB", (4, 4)), "word " * 200), "make it shorter"),
+    ],
+)
+def test_calls_that_make_no_sense_are_refused(model, call, says):
+    with pytest.raises(UsageError, match=says):
+        call(model)
+
+
+def test_models_that_cannot_be_loaded_are_refused(tmp_path, tiny_run):
+    with pytest.raises(MmrdpmError, match="no such path"):
+        mmrdpm.load("emoji-tinny")
+    with pytest.raises(CheckpointError, match="no model"):
+        mmrdpm.load(tmp_path)
+
+
+def test_weights_of_another_vocabulary_are_refused(tmp_path, tiny_run):
+    import shutil
+
+    from mmrdpm import text_tokenizer
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    text_tokenizer.train_bpe(["some text"], 270).save(run / "tokenizers" / "text")
+    with pytest.raises(CheckpointError, match=r"328|320 text ids"):
+        mmrdpm.load(run)
+    torch.save({"w": torch.zeros(2)}, run / "step-9999999.safetensors")
+    with pytest.raises(CheckpointError, match="pickled weights are never loaded"):
+        mmrdpm.load(run)

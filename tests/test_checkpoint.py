@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from mmrdpm import checkpoint, recipe, weights
+from mmrdpm.checkpoint import CheckpointPolicy
+from mmrdpm.errors import CheckpointError
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path):
+    shared = torch.arange(3)
+    tree = {"a": [1, 2.5, None, "text"], 7: {"x": shared, "y": shared}, "empty": {}, "t": True}
+    checkpoint.save_tree(tree, tmp_path / "tree.safetensors")
+    again = checkpoint.load_tree(tmp_path / "tree.safetensors")
+    assert torch.equal(again[7]["x"], shared) and torch.equal(again[7].pop("y"), shared)
+    assert again.keys() == tree.keys() and again["a"] == tree["a"] and again["t"] is True
+
+
+def test_newest_is_the_last_by_name_and_prune_keeps_the_newest(tmp_path):
+    for step in (5, 100, 20):
+        checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})
+    (tmp_path / "step-9999999.safetensors.partial").write_text("a file half written")
+    assert checkpoint.newest(tmp_path).name == "step-0000100.safetensors"
+    checkpoint.prune(tmp_path, 1)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["step-0000100.safetensors"]
+    assert [p.name for p in (tmp_path / "resume").iterdir()] == ["step-0000100.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    weights.save({"w": torch.ones(2)}, path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        weights.save({"w": torch.zeros(2)}, path)
+    assert weights.load(path)[0]["w"].tolist() == [1, 1]
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_resuming_needs_a_run_of_the_same_recipe(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        checkpoint.begin(run, CheckpointPolicy(), resume=True)
+    checkpoint.begin(run, CheckpointPolicy(), resume=False)
+    assert recipe.read(run / checkpoint.RECIPE_FILE)["every"] == 500
+    checkpoint.begin(run, CheckpointPolicy(), resume=True)
+    with pytest.raises(CheckpointError, match="begun with every=500, not 7"):
+        checkpoint.begin(run, CheckpointPolicy(every=7), resume=True)

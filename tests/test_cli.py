@@ -1,0 +1,176 @@
+"""The command line as a stranger uses it: what it prints, writes and answers to mistakes."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmrdpm.cli import main
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs a command inside an empty folder: `(status, stdout, stderr)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments):
+        status = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run_command
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def look(path):
+    """Width, height and number of frames of a file."""
+    with Image.open(path) as picture:
+        return (*picture.size, getattr(picture, "n_frames", 1))
+
+
+def test_generate_prints_the_paths_it_wrote_and_nothing_else(run, tiny_run, tmp_path):
+    status, out, err = run(
+        "generate", "red heart", "Red heart!", "--model", tiny_run, "--n", 2, "--out", "made"
+    )
+    assert (status, err) == (0, "")
+    paths = out.splitlines()
+    assert paths[:2] == ["made/red-heart-0.png", "made/red-heart-1.png"]
+    assert len(set(paths)) == 4
+    assert all(look(path) == (16, 16, 1) for path in paths)
+    first = (tmp_path / paths[1]).read_bytes()
+    status, out, _ = run(
+        "generate", "red heart", "--model", tiny_run, "--seed", 1, "--out", "b.png"
+    )
+    assert out == "b.png\n"
+    assert (tmp_path / "b.png").read_bytes() == first
+
+
+def test_trace_saves_every_step_as_a_strip_and_a_film(run, tiny_run):
+    status, out, _ = run("generate", "cat", "--model", tiny_run, "--trace")
+    picture, strip, film = out.splitlines()
+    assert status == 0 and look(picture) == (16, 16, 1)
+    assert look(strip)[0] >= 4 * 16
+    assert look(film) == (16, 16, 4)
+
+
+def test_caption_and_complete_answer_a_line_each(run, tiny_run, photo):
+    status, out, _ = run("caption", photo, photo, "--model", tiny_run)
+    lines = out.splitlines()
+    assert status == 0 and len(lines) == 2 and lines[0] == lines[1]
+    _, out, _ = run("caption", photo, "--model", tiny_run, "--json")
+    assert json.loads(out) == {"image": str(photo), "caption": lines[0]}
+    status, out, _ = run("complete", "A lantern", "--model", tiny_run, "--max-tokens", 3)
+    assert status == 0 and out.startswith("A lantern") and out.count("\n") == 1
+
+
+def test_tokenizer_commands(run, tiny_tokenizers, photo):
+    status, out, _ = run("tokenizer", "eval", tiny_tokenizers / "image")
+    assert status == 0
+    assert out.count("PSNR") == out.count("codebook usage") == out.count("latent error") == 3
+    status, out, _ = run("tokenizer", "eval", tiny_tokenizers / "text")
+    assert status == 0 and " 0 changed by a round trip" in out
+    status, out, _ = run("tokenizer", "show", photo, "--tokenizer", tiny_tokenizers / "image")
+    assert status == 0 and look(out.strip())[0] > 5 * 96
+
+
+def damaged(tmp_path, tiny_run, change):
+    run = tmp_path / "damaged"
+    shutil.copytree(tiny_run, run)
+    change(run)
+    return run
+
+
+def truncate(run):
+    path = sorted(run.glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickled(run):
+    torch.save({"w": torch.zeros(1)}, run / "step-9999999.safetensors")
+
+
+def reshaped(run):
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("width: 32", "width: 64"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(truncate, "truncated"), (pickled, "pickled"), (reshaped, "the model needs")],
+)
+def test_damaged_models_are_one_clear_line(run, tmp_path, tiny_run, change, says):
+    model = damaged(tmp_path, tiny_run, change)
+    assert_mistake(run("generate", "a", "--model", model), says)
+
+
+def assert_mistake(answer, *says):
+    status, out, err = answer
+    assert status == 1 and out == ""
+    assert err.startswith("mmrdpm: error: ") and err.count("\n") == 1
+    for text in says:
+        assert text in err
+
+
+def test_bad_pictures_are_one_clear_line(run, tmp_path, tiny_run):
+    def caption(path):
+        return run("caption", path, "--model", tiny_run)
+
+    assert_mistake(caption("missing.png"), "missing.png", "no such file")
+    (tmp_path / "text.png").write_text("no picture")
+    assert_mistake(caption("text.png"), "text.png", "not a picture")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    assert_mistake(caption("huge.png"), "huge.png", "megapixels")
+    Image.new("RGB", (300, 300), "red").save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-300])
+    assert_mistake(caption("cut.png"), "cut.png", "could not be read")
+    assert_mistake(caption(tmp_path), "could not be read")
+
+
+def test_bad_recipes_are_one_clear_line(run, tmp_path, tiny_recipe):
+    def train(*overrides):
+        return run("train", tiny_recipe, "--run", tmp_path / "r", *overrides)
+
+    assert_mistake(train("train.stepz=3"), "unknown key train.stepz", "did you mean train.steps?")
+    assert_mistake(train("train.steps=many"), "train.steps must be an integer")
+    assert_mistake(train("model.heads=3"), "must divide")
+    assert_mistake(train("train.lr"), "key=value")
+    assert_mistake(run("train", "emoji_cpv"), "did you mean emoji_cpu")
+    assert_mistake(run("train", "emoji_rdpm_32"), "use mmrdpm tokenizer train")
+    assert_mistake(run("tokenizer", "train", tiny_recipe), "use mmrdpm train")
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_prompts_are_one_clear_line(run, tiny_run):
+    assert_mistake(run("generate", "", "--model", tiny_run), "empty")
+    assert_mistake(run("generate", "word " * 300, "--model", tiny_run), "make it shorter")
+    assert_mistake(run("complete", "", "--model", tiny_run), "empty")
+    assert_mistake(run("generate", "a", "--model", "nothing"), "no such path")
+    with pytest.raises(SystemExit) as stop:
+        run("generate", "a", "--nn", "3")
+    assert stop.value.code == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_one_clear_line(run, tiny_run, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert_mistake(run("generate", "a", "--model", tiny_run, "--out", "locked"), "locked")
+
+
+def test_text_tokenizers_train_from_a_recipe(run, tmp_path):
+    (tmp_path / "t.yaml").write_text("kind: text\nmodel: sentencepiece\n")
+    status, out, _ = run("tokenizer", "train", "t.yaml", "vocab_size=600", "--run", "made")
+    assert (status, out) == (0, "made\n")
+    status, out, _ = run("tokenizer", "eval", "made")
+    assert status == 0 and " 0 changed by a round trip" in out
+    assert_mistake(run("tokenizer", "train", "t.yaml", "--run", "made"), "holds a run already")

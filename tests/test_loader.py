@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from mmrdpm import text_tokenizer
+from mmrdpm.attention.layout import BlockKind
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.glosses import load_glosses
+from mmrdpm.data.loader import DataPlan, Loader, latents_of
+from mmrdpm.errors import DataError
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def make(tiny_tokenizers):
+    images = image_tokenizer.load(tiny_tokenizers / "image")
+    texts = text_tokenizer.load(tiny_tokenizers / "text")
+    vocabulary = Vocabulary(texts.size, images.codebook_size)
+
+    def make_loader(seed=0, **plan):
+        shape = {"rows": 3, "seq_len": 96, "steps_per_image": 2} | plan
+        return Loader(DataPlan(**shape), seed, images, texts, vocabulary)
+
+    return make_loader
+
+
+def equal(a, b):
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("token_ids", "latents", "timesteps", "targets", "positions")
+    )
+
+
+def test_the_stream_goes_on_from_one_number(make):
+    whole, later = make(), make()
+    batches = [whole.batch() for _ in range(3)]
+    later.next_index = 0
+    assert equal(later.batch(), batches[0])
+    place = later.next_index
+    fresh = make()
+    fresh.next_index = place
+    assert equal(fresh.batch(), batches[1]) and not equal(batches[0], batches[1])
+    assert not equal(make(seed=1).batch(), batches[0])
+
+
+def test_only_training_pictures_are_shown(make):
+    loader, data = make(), load_emoji(16)
+    shown = {i for concept in loader.concepts for i in concept}
+    assert shown == set(data.indices("train"))
+    assert all(not data.tones[concept[0]] for concept in loader.concepts if len(concept) == 6)
+
+
+def test_noisy_targets_are_the_codes_of_a_training_picture(make):
+    """Following a block's own targets must lead from its state to the next one's."""
+    loader = make(image_share=1.0, caption_share=0.0, steps_per_image=3)
+    batch, tokenizer = loader.batch(), loader.image_tokenizer
+    where = batch.layout.document_ids[0] == 0
+    latents, targets, t = (
+        batch.latents[0][where],
+        batch.targets[0][where],
+        batch.timesteps[0][where],
+    )
+    state, start = latents[t == 3].split(4, dim=-1)
+    assert torch.equal(state, start)
+    for timestep in (3, 2, 1):
+        state = latents[t == timestep, :4]
+        codes = targets[t == timestep] - loader.vocabulary.code_offset
+        after = state + tokenizer.codebook.lookup(codes, timestep)
+        if timestep > 1:
+            torch.testing.assert_close(after, latents[t == timestep - 1, :4])
+
+
+def test_captions_follow_clean_images_and_are_their_names(make):
+    loader, data = make(image_share=0.0, caption_share=1.0), load_emoji(16)
+    batch, v = loader.batch(), loader.vocabulary
+    where = batch.layout.document_ids[0] == 0
+    ids, kinds = batch.token_ids[0][where].tolist(), batch.layout.kinds[0][where]
+    assert (kinds == BlockKind.CLEAN).sum() == 4
+    start = ids.index(v.image_end)
+    assert ids[-1] == v.eos
+    tokens = ids[start + 1 : -1]
+    assert any(tuple(tokens) == loader.captions[i] for i in data.indices("train"))
+    assert latents_of(loader.image_tokenizer, data).shape == (len(data.names), 2, 2, 4)
+
+
+def test_shares_and_dropout_are_kept(make):
+    loader = make()
+    drafts = [loader._draft(i) for i in range(2000)]
+    images = [d for d in drafts if d.timesteps]
+    assert len(images) / 2000 == pytest.approx(0.55, abs=0.04)
+    assert sum(bool(d.after) for d in drafts) / 2000 == pytest.approx(0.25, abs=0.04)
+    empty = sum(len(d.before) == 2 for d in images) / len(images)
+    assert empty == pytest.approx(0.1, abs=0.03)
+    assert all(len(set(d.timesteps)) == 2 and d.timesteps[0] > d.timesteps[1] for d in images)
+
+
+def test_what_cannot_fit_is_refused(make):
+    with pytest.raises(DataError, match="steps_per_image is 9"):
+        make(steps_per_image=9)
+    with pytest.raises(DataError, match=r"more than data\.seq_len 16"):
+        make(seq_len=16).batch()
+
+
+def test_definitions_are_plain_sentences():
+    glosses = load_glosses()
+    assert "a lantern is light in a transparent protective case." in glosses
+    assert len(glosses) > 10_000 and all(text.endswith(".") for text in glosses)
