@@ -24,6 +24,7 @@ from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.loader import DataPlan, Loader
 from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
 from mmrdpm.errors import CheckpointError
+from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import Losses, loss
 from mmrdpm.optim import OptimizerConfig, Optimizers, learning_rate
@@ -49,7 +50,8 @@ class Training:
         steps: updates; the learning rate falls to zero at the last.
         lr: peak learning rate, reached after `warmup` updates.
         text_weight: weight of a text target; an image target weighs 1.
-        precision: bf16 computes matrix products in bfloat16, weights stay float32.
+        precision: of matrix products, weights stay float32; auto is bf16 where the machine has
+            instructions for it, else fp32.
         attention: backend; auto takes xformers on CUDA where it is installed, else sdpa.
         threads: CPU threads; another number sums in another order, so it is part of the recipe.
     """
@@ -58,7 +60,7 @@ class Training:
     lr: float = field(default=3e-3, metadata={"min": 0.0})
     warmup: int = field(default=100, metadata={"min": 0})
     text_weight: float = field(default=1.0, metadata={"min": 0.0})
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
     attention: Name = "auto"
     seed: int = field(default=0, metadata={"min": 0})
     threads: int = field(default=2, metadata={"min": 1})
@@ -130,12 +132,13 @@ class Trainer:
         self.texts = text_tokenizer.load(_adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text))
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
         self.device = machine.device()
+        self.dtype = machine.matrix_dtype(recipe.train.precision, self.device)
         self.attention = backend.resolve(recipe.train.attention, self.device)
         torch.manual_seed(recipe.train.seed)
         transformer = build(recipe.model, self.vocabulary, self.images)
         self.transformer = transformer.to(self.device)
         self.transformer.plan = backend.planner(self.attention)
-        self.optimizers = Optimizers(self.transformer, recipe.optimizer)
+        self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype)
         self.loader = Loader(
             recipe.data, recipe.train.seed, self.images, self.texts, self.vocabulary
         )
@@ -147,15 +150,15 @@ class Trainer:
         return (
             f"{parameters / 1e6:.1f}M parameters, {tokens} tokens an update,"
             f" {len(self.loader.concepts)} concepts, {len(self.loader.texts)} texts,"
-            f" {self.device.type} {self.recipe.train.precision}, attention {self.attention}"
+            f" {self.device.type} {str(self.dtype).removeprefix('torch.')},"
+            f" attention {self.attention}"
         )
 
     def update(self) -> tuple[Losses, dict[str, float]]:
         """One optimiser step on the next batch."""
         plan = self.recipe.train
         packed = self.loader.batch().to(self.device)
-        bf16 = plan.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with machine.autocast(self.dtype, self.device):
             losses = loss(self.transformer, packed, plan.text_weight)
         losses.total.backward()
         lr = learning_rate(plan.lr, self.step, plan.steps, plan.warmup)

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrdpm import checkpoint, text_tokenizer, weights
+from mmrdpm import checkpoint, machine, text_tokenizer, weights
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.pictures import to_tensor
+from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
 from mmrdpm.rdpm.autoencoder import reconstruction_loss
 from mmrdpm.rdpm.codebook import CodebookFit
@@ -38,6 +39,7 @@ class ImageTokenizerTraining:
         codebook_share, decoder_share: of the steps, those of the two later phases.
         latent_noise: standard deviation of the noise on the latents, whose own is 1.
         codebook_batch: images per codebook update; many residuals are needed per code.
+        precision: of convolutions; auto is bf16 where the CPU has instructions for it, else fp32.
     """
 
     steps: int = field(default=5000, metadata={"min": 3})
@@ -47,6 +49,7 @@ class ImageTokenizerTraining:
     batch_size: int = field(default=64, metadata={"min": 2})
     codebook_batch: int = field(default=512, metadata={"min": 1})
     latent_noise: float = field(default=0.2, metadata={"min": 0.0})
+    precision: Precision = "auto"
     seed: int = 0
     threads: int = field(default=2, metadata={"min": 1})
 
@@ -103,7 +106,7 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
     Raises:
         CheckpointError: the folder holds another run, or a checkpoint could not be written.
     """
-    torch.set_num_threads(recipe.train.threads)
+    machine.prepare(recipe.train.threads)
     checkpoint.begin(run, recipe, resume)
     data = load_emoji(recipe.tokenizer.autoencoder.image_size)
     images = to_tensor(data.images[data.indices("train")])
@@ -178,7 +181,7 @@ class TokenizerTrainer:
         """Reconstruction through noisy latents."""
         images = self._draw(self.training.batch_size, generator)
         self.autoencoder.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with self._autocast():
             latents = self.autoencoder.encode(images)
             noise = self.training.latent_noise * torch.randn(latents.shape, generator=generator)
             output = self.autoencoder.decode(latents + noise)
@@ -206,11 +209,15 @@ class TokenizerTrainer:
         trajectory, codebook = self.tokenizer.trajectory, self.tokenizer.codebook
         noise = torch.randn((trajectory.num_noises, *latents.shape), generator=generator)
         _, states = encode(trajectory, codebook, latents, noise)
-        with torch.autocast("cpu", torch.bfloat16):
+        with self._autocast():
             output = self.autoencoder.decode(torch.cat([states[0], latents]))
         done = self.step - self.training.autoencoder_steps - self.training.codebook_steps
         loss = reconstruction_loss(output, torch.cat([images, images]))
         return self._update(loss, done / self.training.decoder_steps)
+
+    def _autocast(self) -> torch.autocast:
+        device = torch.device("cpu")
+        return machine.autocast(machine.matrix_dtype(self.training.precision, device), device)
 
     def _draw(self, count: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(self.images), (count,), generator=generator)
@@ -220,7 +227,7 @@ class TokenizerTrainer:
     def _latents(self, images: Tensor) -> Tensor:
         """Latents with the stored statistics, as at inference."""
         self.autoencoder.eval()
-        with torch.autocast("cpu", torch.bfloat16):
+        with self._autocast():
             return self.autoencoder.encode(images).float()
 
     def _update(self, loss: Tensor, progress: float) -> float:

@@ -33,7 +33,7 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> Iterator[str]:
         trainer = Trainer(recipe, Path(folder))
         yield trainer.describe()
         trainer.update()  # the first one also plans kernels and fills the memory pool
-        matrix_product = _matrix_product(recipe.train.precision, trainer.device)
+        matrix_product = _matrix_product(trainer.dtype, trainer.device)
         matrix_product()
         rates, roofs, speeds = [], [], []
         for _ in range(rounds):
@@ -43,11 +43,12 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> Iterator[str]:
             targets = sum(len(losses.per_token) for losses, _ in updates)
             rates.append(6 * _multiplied(trainer, tokens, targets) / seconds)
             speeds.append(tokens / seconds)
+    dtype = str(trainer.dtype).removeprefix("torch.")
     rate, roof = statistics.median(rates), statistics.median(roofs)
     share = statistics.median(r / m for r, m in zip(rates, roofs, strict=True))
     yield f"tokens per second      {statistics.median(speeds):,.0f} (padding left out)"
     yield f"training               {rate / 1e9:,.0f} GFLOP/s"
-    yield f"matrix product         {roof / 1e9:,.0f} GFLOP/s ({recipe.train.precision}, {_SIDE}^3)"
+    yield f"matrix product         {roof / 1e9:,.0f} GFLOP/s ({dtype}, {_SIDE}^3)"
     threads = torch.get_num_threads()
     yield f"share                  {share:.1%} (medians of {rounds} rounds, {threads} threads)"
 
@@ -61,8 +62,7 @@ def _multiplied(trainer: Trainer, tokens: float, targets: float) -> float:
     return stack * tokens + model.table.weight.numel() * targets
 
 
-def _matrix_product(precision: str, device: torch.device) -> Callable[[], object]:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+def _matrix_product(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     a, b = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
     return lambda: a @ b
 

@@ -1,0 +1,65 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmrdpm.optim import Muon, OptimizerConfig, Optimizers, learning_rate
+
+
+def test_muon_in_bfloat16_is_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        [nn.Parameter(torch.ones(shape)) for shape in ((6, 10), (12, 4))] for _ in range(2)
+    )
+    mine = Muon(ours, 0.1, torch.bfloat16)
+    reference = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for lr in (0.1, 0.05):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        mine.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = lr
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muons_update_is_nearly_orthogonal_in_float32():
+    matrix = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
+    made = Muon([nn.Parameter(matrix)], 0.0, torch.float32).orthogonal(matrix)
+    left, before, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert before.max() / before.min() > 2
+    after = torch.diagonal(left.T @ made @ right.T)
+    assert after.min() > 0.6 and after.max() < 1.3
+    torch.testing.assert_close(left @ torch.diag(after) @ right, made, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_restored_optimiser_goes_on_as_the_first(name):
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attentions, self.table = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+
+    def update(model, optimizers):
+        (model.attentions(torch.ones(2, 4)) * model.table(torch.ones(2, 4))).sum().backward()
+        optimizers.step(0.1)
+
+    models = [Stack(), Stack()]
+    first, second = (Optimizers(m, OptimizerConfig(name=name)) for m in models)
+    update(models[0], first)
+    models[1].load_state_dict(models[0].state_dict())
+    second.restore(copy.deepcopy(first.state()))
+    update(models[0], first)
+    update(models[1], second)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    course = [learning_rate(2.0, step, 100, 10) for step in range(101)]
+    assert course[0] == pytest.approx(0.2) and course[10] == pytest.approx(2.0)
+    assert course[55] == pytest.approx(1.0) and course[100] == pytest.approx(0, abs=1e-12)
+    assert course[:11] == sorted(course[:11]) and course[10:] == sorted(course[10:], reverse=True)
