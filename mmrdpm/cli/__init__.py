@@ -1,0 +1,51 @@
+"""The command line: every command is one function; a user's mistake is one line on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmrdpm.cli import benchmarks, evaluating, training, use
+from mmrdpm.cli.common import INTERRUPTED, command
+from mmrdpm.errors import MmrdpmError
+from mmrdpm.quickstart import quickstart
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; gives the exit status."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    wrong = [o for o in overrides if o.startswith("-") or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if overrides:  # argparse does not take positional arguments after options
+        options.overrides = [*options.overrides, *overrides]
+    try:
+        return options.command(options) or 0
+    except MmrdpmError as error:
+        print(f"mmrdpm: error: {error}", file=sys.stderr)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"mmrdpm: error: {place}{error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 1
+
+
+def quickstart_command(options: argparse.Namespace) -> None:
+    """Draws, captions, completes and trains a little, and makes a page of it."""
+    print(quickstart(options.out, lambda line: print(line, file=sys.stderr)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmrdpm", description="One transformer that draws, captions and writes."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for part in (use, training, evaluating, benchmarks):
+        part.add(commands)
+    p = command(commands, quickstart_command, "quickstart")
+    p.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR")
+    return parser

@@ -1,0 +1,70 @@
+"""What commands share: how they are registered, and their common options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmrdpm import api, recipe, shipped
+from mmrdpm.errors import MmrdpmError, RecipeError
+
+Commands = Any
+"""What `ArgumentParser.add_subparsers` gives."""
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+
+def command(of: Commands, function: Callable[..., Any], name: str) -> argparse.ArgumentParser:
+    """Registers a function as a command; its docstring is the help."""
+    added = of.add_parser(name, help=function.__doc__, description=function.__doc__)
+    added.set_defaults(command=function)
+    return added
+
+
+def group(of: Commands, name: str, text: str) -> Commands:
+    """Registers a group of commands."""
+    return of.add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
+
+
+def model_option(to: argparse.ArgumentParser) -> None:
+    """`--model`."""
+    to.add_argument("--model", default=api.DEFAULT_MODEL, help="name or folder of a model")
+
+
+def recipe_options(to: argparse.ArgumentParser) -> None:
+    """A recipe and overrides."""
+    to.add_argument("recipe", metavar="RECIPE", help="file, or name of a shipped recipe")
+    to.add_argument("overrides", nargs="*", metavar="key=value", help="as in train.lr=1e-3")
+
+
+def run_options(to: argparse.ArgumentParser) -> None:
+    """A recipe, the folder of its run and whether to go on with it."""
+    recipe_options(to)
+    to.add_argument("--run", type=Path, metavar="DIR", help="default: runs/RECIPE's name")
+    to.add_argument("--resume", action="store_true", help="go on where the run stopped")
+
+
+def recipe_file(name: str, kinds: tuple[str, ...]) -> Path:
+    """The file of a recipe, which must be of one of the kinds."""
+    try:
+        path = shipped.resolve("recipes", name)
+    except MmrdpmError as error:
+        raise RecipeError(str(error)) from None
+    kind = recipe.read(path).get("kind")
+    if kind not in kinds:
+        command = "train" if kind == "model" else "tokenizer train"
+        raise RecipeError(
+            f"{path}: kind is {kind!r}, not {' or '.join(map(repr, kinds))}"
+            + (f": use mmrdpm {command}" if kind in ("model", "image", "text") else "")
+        )
+    return path
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: it must be at least 1")
+    return value

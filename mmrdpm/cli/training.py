@@ -1,0 +1,118 @@
+"""Trains models and tokenisers, and looks at what tokenisers do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from mmrdpm import evaluate, recipe, shipped, text_tokenizer
+from mmrdpm.cli.common import INTERRUPTED, Commands, command, group, recipe_file, run_options
+from mmrdpm.data.pictures import contact_sheet, open_picture, to_pictures, to_square, to_tensor
+from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.evaluate_tokenizer import evaluate_images, evaluate_texts
+from mmrdpm.export import export
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.train_model import ModelRecipe, train
+from mmrdpm.train_tokenizer import (
+    ImageTokenizerRecipe,
+    TextTokenizerRecipe,
+    train_image,
+    train_text,
+)
+
+
+def add(commands: Commands) -> None:
+    """Registers `train`, `tokenizer ...` and `export`."""
+    run_options(command(commands, train_command, "train"))
+    of = group(commands, "tokenizer", "Tokenisers of images and texts.")
+    run_options(command(of, tokenizer_train, "train"))
+    p = command(of, tokenizer_eval, "eval")
+    p.add_argument("tokenizer", nargs="?", default="emoji-rdpm-32", metavar="NAME|DIR")
+    p = command(of, tokenizer_show, "show")
+    p.add_argument("photo", metavar="PHOTO")
+    p.add_argument("--tokenizer", default="emoji-rdpm-32", metavar="NAME|DIR")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--out", type=Path, metavar="FILE.png")
+    p = command(commands, export_command, "export")
+    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("overrides", nargs="*", metavar="sampling.key=value")
+
+
+def train_command(options: argparse.Namespace) -> int:
+    """Trains a model by a recipe."""
+    loaded = recipe.load(ModelRecipe, recipe_file(options.recipe, ("model",)), options.overrides)
+    return _train(train, loaded, options, "train")
+
+
+def tokenizer_train(options: argparse.Namespace) -> int:
+    """Trains an image or a text tokeniser by a recipe."""
+    path = recipe_file(options.recipe, ("image", "text"))
+    if recipe.read(path).get("kind") == "image":
+        loaded = recipe.load(ImageTokenizerRecipe, path, options.overrides)
+        return _train(train_image, loaded, options, "tokenizer train")
+    if options.resume:
+        raise UsageError("a text tokeniser trains in seconds: there is nothing to resume")
+    run = options.run or Path("runs") / path.stem
+    train_text(recipe.load(TextTokenizerRecipe, path, options.overrides), run)
+    print(run)
+    return 0
+
+
+def _train(function, loaded, options: argparse.Namespace, command: str) -> int:  # type: ignore[no-untyped-def]
+    run = options.run or Path("runs") / Path(options.recipe).stem
+    if function(loaded, run, options.resume):
+        print(run)
+        return 0
+    again = " ".join(["mmrdpm", command, options.recipe, *options.overrides])
+    print(f"stopped; go on with: {again} --run {run} --resume", file=sys.stderr)
+    return INTERRUPTED
+
+
+def tokenizer_eval(options: argparse.Namespace) -> None:
+    """Prints what a tokeniser loses and how it uses its codes."""
+    folder = _tokenizer(options.tokenizer)
+    if not (folder / image_tokenizer.SPEC_FILE).is_file():
+        figures = evaluate_texts(text_tokenizer.load(folder))
+        print(f"ids {figures.size}, {figures.bytes_per_token:.2f} bytes per token")
+        print(f"{figures.texts} texts, {figures.broken} changed by a round trip")
+        return
+    tokenizer = image_tokenizer.load(folder)
+    for title, split in evaluate.GROUPS.items():
+        f = evaluate_images(tokenizer, split)
+        print(f"{title}: {f.count} pictures")
+        print(f"  PSNR  autoencoder {f.psnr[0]:.2f} dB, codes {f.psnr[1]:.2f} dB", end="")
+        print(f" (cost {f.psnr[0] - f.psnr[1]:.2f} dB)")
+        print(f"  SSIM  autoencoder {f.ssim[0]:.4f}, codes {f.ssim[1]:.4f}")
+        steps = range(tokenizer.num_timesteps, 0, -1)
+        print("  timestep         " + "".join(f"{t:7d}" for t in steps))
+        print("  latent error     " + "".join(f"{e:7.3f}" for e in f.latent_error))
+        print("  codebook usage   " + "".join(f"{u:7.1%}" for u in f.usage))
+
+
+def tokenizer_show(options: argparse.Namespace) -> None:
+    """Draws every state of a picture on its way from noise through its codes."""
+    tokenizer = image_tokenizer.load(_tokenizer(options.tokenizer))
+    photo = to_square(open_picture(Path(options.photo)), tokenizer.image_size)
+    (record,) = tokenizer.encode(to_tensor(photo[None]), [options.seed])
+    states = tokenizer.states([record])[:, 0].flip(0)
+    strip = [*to_pictures(tokenizer.decode_latents(states)), Image.fromarray(photo)]
+    path = options.out or Path(f"{Path(options.photo).stem}-states.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet([strip], scale=max(1, 96 // tokenizer.image_size)).save(path)
+    print(path)
+
+
+def export_command(options: argparse.Namespace) -> None:
+    """Makes a small model to ship of a run."""
+    print(export(options.run, options.folder, options.overrides))
+
+
+def _tokenizer(name: str) -> Path:
+    folder = shipped.resolve("tokenizers", name)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: a tokeniser is a folder, not a file")
+    return folder

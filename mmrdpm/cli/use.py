@@ -1,0 +1,97 @@
+"""Uses a model: draws, captions, completes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from mmrdpm import api
+from mmrdpm.cli.common import Commands, command, count, model_option
+from mmrdpm.data.pictures import contact_sheet, open_picture
+
+
+def add(commands: Commands) -> None:
+    """Registers `generate`, `caption` and `complete`."""
+    p = command(commands, generate, "generate")
+    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+    model_option(p)
+    p.add_argument("--n", type=count, default=1, help="pictures per prompt")
+    p.add_argument("--seed", type=int, default=0, help="of a prompt's first picture")
+    p.add_argument("--guidance", dest="guidance_scale", type=float, help="1 is off")
+    p.add_argument("--temperature", type=float)
+    p.add_argument("--top-k", type=int)
+    p.add_argument("--top-p", type=float)
+    p.add_argument("--trace", action="store_true", help="save every step, as a strip and a GIF")
+    p.add_argument("--out", type=Path, default=Path(), metavar="DIR|FILE.png")
+
+    p = command(commands, caption, "caption")
+    p.add_argument("images", nargs="+", metavar="IMAGE")
+    model_option(p)
+    p.add_argument("--json", action="store_true", help="an object a line")
+
+    p = command(commands, complete, "complete")
+    p.add_argument("text", metavar="TEXT")
+    model_option(p)
+    p.add_argument("--max-tokens", type=count, default=64)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    p.add_argument("--seed", type=int, default=0)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Draws pictures; prints the path of every file written."""
+    model = api.load(options.model)
+    how = {
+        name: value
+        for name in ("guidance_scale", "temperature", "top_k", "top_p")
+        if (value := getattr(options, name)) is not None
+    }
+    jobs = [(p, options.seed + j) for p in options.prompts for j in range(options.n)]
+    pictures = [model.trace(prompt, seed, **how) for prompt, seed in jobs]
+    paths = _paths(options.out, [f"{_slug(prompt)}-{seed}" for prompt, seed in jobs])
+    for path, states in zip(paths, pictures, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        states[-1].save(path)
+        print(path)
+        if options.trace:
+            strip, film = (path.with_name(f"{path.stem}-trace.{e}") for e in ("png", "gif"))
+            contact_sheet([states]).save(strip)
+            states[0].save(film, save_all=True, append_images=states[1:], duration=200, loop=0)
+            print(strip, film, sep="\n")
+
+
+def caption(options: argparse.Namespace) -> None:
+    """Names pictures, a line each."""
+    model = api.load(options.model)
+    pictures = [open_picture(Path(path)) for path in options.images]
+    for path, text in zip(options.images, model.caption(pictures), strict=True):
+        print(json.dumps({"image": path, "caption": text}) if options.json else _line(text))
+
+
+def complete(options: argparse.Namespace) -> None:
+    """Continues a text."""
+    model = api.load(options.model)
+    text = model.complete(options.text, options.max_tokens, options.temperature, options.seed)
+    print(_line(text))
+
+
+def _paths(out: Path, names: list[str]) -> list[Path]:
+    """Where the pictures go: files in a folder, or, for one picture, the very file."""
+    if out.suffix.lower() == ".png":
+        if len(names) == 1:
+            return [out]
+        return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(names))]
+    paths: list[Path] = []
+    for name in names:
+        same = sum(path.stem == name or path.stem.startswith(f"{name}_") for path in paths)
+        paths.append(out / (f"{name}_{same}.png" if same else f"{name}.png"))
+    return paths
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines())
