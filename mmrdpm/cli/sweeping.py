@@ -1,0 +1,32 @@
+"""Runs ablations."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmrdpm.cli.common import INTERRUPTED, Commands, command, recipe_file
+from mmrdpm.sweep import spec
+from mmrdpm.sweep.measure import Measurer
+from mmrdpm.sweep.run import run_sweep
+
+
+def add(commands: Commands) -> None:
+    """Registers `sweep`."""
+    p = command(commands, sweep_command, "sweep")
+    p.add_argument("file", metavar="FILE", help="file, or name of a shipped sweep")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/FILE's name")
+    p.add_argument("--only", metavar="NAME", help="do one variant alone")
+
+
+def sweep_command(options: argparse.Namespace) -> int:
+    """Trains and measures a list of variants; the same command goes on where it stopped."""
+    path = recipe_file(options.file, ("sweep",))
+    sweep = spec.load(path)
+    out = options.out or Path("runs") / path.stem
+    if run_sweep(sweep, out, Measurer(), lambda line: print(line, file=sys.stderr), options.only):
+        print(out / "results.md")
+        return 0
+    print("stopped; the same command goes on", file=sys.stderr)
+    return INTERRUPTED
