@@ -89,9 +89,11 @@ def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def plot_quality(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
     """Named in the top 10 against the information in the codes and what independence loses."""
     figure, axes = _figure(2)
-    pairs = (("information", "information, nats per picture"), ("independence", "lost by drawing"))
-    labels = (pairs[0][1], "lost by drawing positions independently, nats per picture")
-    for axis, (key, _), label in zip(axes, pairs, labels, strict=True):
+    pairs = (
+        ("information", "information, nats per picture"),
+        ("independence", "lost by drawing positions independently, nats per picture"),
+    )
+    for axis, (key, label) in zip(axes, pairs, strict=True):
         for name in names:
             own = [r for r in rows if r["variant"] == name and r.get(key) is not None]
             if own:

@@ -48,10 +48,12 @@ def run_sweep(
         names = ", ".join(v.name for v in sweep.variants)
         raise UsageError(f"--only {only}: the sweep has no such variant: choose one of {names}")
     out.mkdir(parents=True, exist_ok=True)
-    for seed in sweep.seeds if sweep.model_recipe else sweep.seeds[:1]:
-        for variant in chosen:
-            if not _finish(sweep, variant, seed, out, measure, say):
-                return False
+    seeds = sweep.seeds if sweep.model_recipe else sweep.seeds[:1]
+    jobs = [(variant, seed) for seed in seeds for variant in chosen]  # a whole table first
+    for number, (variant, seed) in enumerate(jobs, start=1):
+        say(f"{number} of {len(jobs)}: {variant.name}, seed {seed}")
+        if not _finish(sweep, variant, seed, out, measure, say):
+            return False
     report(sweep, out)
     return True
 
@@ -73,7 +75,6 @@ def _finish(
     if known:
         _check_same(known, identity, records.path)
         return True
-    say(f"{variant.name}, seed {seed}")
     run = train_run(sweep, variant, seed, out, images)
     if run is None:
         return False
