@@ -146,4 +146,7 @@ def _figure(columns: int) -> tuple[Any, Any]:
         ) from None
     matplotlib.rcParams["svg.hashsalt"] = "mmrdpm"
     figure = Figure(figsize=(6 * columns, 4.5), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    axes = figure.subplots(1, columns)
+    for axis in axes:
+        axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
+    return figure, axes
