@@ -85,7 +85,7 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert main(["sweep", str(path), "--out", str(out), "--only", "base"]) == 0
     assert len(Records(out / "results.jsonl").all()) == 1
     assert main(["sweep", str(path), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(out / "results.md")
+    assert capsys.readouterr().out.splitlines()[-1] == str(out / "tiny.md")
     rows = Records(out / "results.jsonl").all()
     assert [row["variant"] for row in rows] == ["base", "guided", "eta"]
     assert sorted(p.name for p in (out / "runs").iterdir()) == ["base-seed0", "eta-seed0"]
@@ -95,10 +95,10 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert base["steps"] == max(1, round(2e-4 / base["tflops_per_step"])) > 1
     assert base["information"] == pytest.approx(4 * sum(base["loss_steps"]))
     assert base["seconds"] > 0 and guided["seconds"] is None
-    table = (out / "results.md").read_text()
+    table = (out / "tiny.md").read_text()
     assert table.count("\n| base |") == 2 and table.count("\n| guided |") == 1
     for plot in ("quality", "steps", "tokenizers"):
-        assert (out / f"{plot}.svg").read_text().startswith("<?xml")
+        assert (out / f"tiny-{plot}.svg").read_text().startswith("<?xml")
 
     before = (out / "results.jsonl").read_bytes()
     assert run_sweep(spec.load(path), out, None, silent)  # nothing is left to measure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from mmrdpm.cli.common import INTERRUPTED, Commands, command, recipe_file
@@ -25,8 +26,10 @@ def sweep_command(options: argparse.Namespace) -> int:
     path = recipe_file(options.file, ("sweep",))
     sweep = spec.load(path)
     out = options.out or Path("runs") / path.stem
-    if run_sweep(sweep, out, Measurer(), lambda line: print(line, file=sys.stderr), options.only):
-        print(out / "results.md")
-        return 0
-    print("stopped; the same command goes on", file=sys.stderr)
-    return INTERRUPTED
+    say = partial(print, file=sys.stderr)
+    table = run_sweep(sweep, out, Measurer(), say, options.only)
+    if table is None:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    print(table)
+    return 0

@@ -28,22 +28,26 @@ COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
 ]
 
 
-def report(sweep: Sweep, out: Path) -> None:
-    """Writes `results.md` and the plots, of what is there.
+def report(sweep: Sweep, out: Path) -> Path:
+    """Writes table and plots of the sweep's variants, as far as they are there.
+
+    Gives the path of the table, `OUT/NAME.md`.
 
     Raises:
         DataError: the package that draws is not installed.
     """
     names = [variant.name for variant in sweep.variants]
-    rows = Records(out / "results.jsonl").all()
+    rows = [r for r in Records(out / "results.jsonl").all() if r["variant"] in names]
     tokenizers = [r for r in Records(out / "tokenizers.jsonl").all() if r["name"] in names]
     parts = [t for t in (results_table(names, rows), tokenizers_table(tokenizers)) if t]
-    (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
+    table = out / f"{sweep.name}.md"
+    table.write_text("\n".join(parts), encoding="utf-8")
     if rows:
-        plot_quality(names, rows, out / "quality.svg")
-        plot_steps(names, rows, out / "steps.svg")
+        plot_quality(names, rows, out / f"{sweep.name}-quality.svg")
+        plot_steps(names, rows, out / f"{sweep.name}-steps.svg")
     if tokenizers:
-        plot_tokenizers(tokenizers, out / "tokenizers.svg")
+        plot_tokenizers(tokenizers, out / f"{sweep.name}-tokenizers.svg")
+    return table
 
 
 def results_table(names: Sequence[str], rows: Sequence[Row]) -> str:
@@ -100,6 +104,7 @@ def plot_quality(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
                 place = [statistics.fmean(r[k] for r in own) for k in (key, "top10")]
                 axis.plot(*place, "o")
                 axis.annotate(name, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.margins(x=0.3)  # room for the names
         axis.set(xlabel=label, ylabel="named in the top 10")
     figure.savefig(path)
 

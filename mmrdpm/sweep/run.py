@@ -36,8 +36,8 @@ _COUNTED = 4  # batches that the FLOPs of an update are averaged over
 
 def run_sweep(
     sweep: Sweep, out: Path, measure: Measure, say: Callable[[str], None], only: str | None = None
-) -> bool:
-    """Does what is left of a sweep; False if it was stopped.
+) -> Path | None:
+    """Does what is left of a sweep; gives the path of its table, None if it was stopped.
 
     Raises:
         UsageError: no variant is called `only`.
@@ -53,9 +53,8 @@ def run_sweep(
     for number, (variant, seed) in enumerate(jobs, start=1):
         say(f"{number} of {len(jobs)}: {variant.name}, seed {seed}")
         if not _finish(sweep, variant, seed, out, measure, say):
-            return False
-    report(sweep, out)
-    return True
+            return None
+    return report(sweep, out)
 
 
 def _finish(

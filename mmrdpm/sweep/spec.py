@@ -57,6 +57,7 @@ class Sweep:
     """A recipe of kind `sweep`.
 
     Attributes:
+        name: what its table and plots are called; that of the file where it is left out.
         model_recipe: name or file of the base; left out, only tokenisers are trained and measured.
         tokenizer_recipe: the base of tokenisers; left out, the model recipe's own is used as it is.
         tflops: training budget of a run, 1e12 floating point operations of forward and backward
@@ -65,6 +66,7 @@ class Sweep:
     """
 
     variants: tuple[Variant, ...]
+    name: str = ""
     model_recipe: str | None = None
     tokenizer_recipe: str | None = None
     tflops: float = field(default=50.0, metadata={"min": 0.0})
@@ -80,6 +82,7 @@ def load(path: Path) -> Sweep:
         RecipeError: the file, a base recipe or an override is wrong; it names the variant.
     """
     sweep = recipe.load(Sweep, path)
+    sweep = replace(sweep, name=sweep.name or path.stem)
     names = [variant.name for variant in sweep.variants]
     for name in names:
         if not _NAME.fullmatch(name):
