@@ -8,7 +8,7 @@ The noisy blocks come first, so that "earlier context" never shows them their ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -117,6 +117,26 @@ def pack(
                 slot += len(segment.token_ids) if isinstance(segment, TextSegment) else 1
         empty.layout.block_ids[row, offset:] = block
     return empty
+
+
+def with_history(packed: Packed) -> Packed:
+    """The same rows, but every noisy block sees those of its image that come before it.
+
+    They come in falling timesteps, so a block sees the steps that were taken before its own, as
+    far as the document learns them.
+    """
+    layout, slots = packed.layout, packed.positions[..., 0]
+    noisy = layout.kinds == BlockKind.NOISY
+    same = noisy[:, 1:] & noisy[:, :-1]  # of two neighbours: noisy, and of one image
+    for ids in (layout.document_ids, slots):
+        same &= ids[:, 1:] == ids[:, :-1]
+    begins = layout.block_ids.diff(dim=1) != 0
+    index = torch.arange(noisy.shape[1], device=noisy.device)
+    first = (begins * index[1:]).cummax(1).values  # where the block of each place but 0 begins
+    never = torch.zeros_like(noisy[:, :1])
+    follows = torch.cat([never, same & begins], 1).gather(1, torch.cat([never.long(), first], 1))
+    kinds = layout.kinds.masked_fill(follows & noisy, int(BlockKind.FOLLOWING))
+    return replace(packed, layout=replace(layout, kinds=kinds))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class ImageFigures:
         psnr, ssim: of the autoencoder's own reconstruction and of that from the codes.
         latent_error: mean squared distance from the trajectory after each step, T first; the
             latent's own variance is 1.
-        usage: codebook perplexity of each step over the codebook's size, T first.
+        usage: codebook perplexity of each step over the codes it has, T first.
     """
 
     count: int
@@ -49,7 +49,8 @@ def evaluate_images(tokenizer: ImageTokenizer, split: Split) -> ImageFigures:
     for t, x, residual, code_indices in walk(tokenizer.trajectory, codebook, latents, noise):
         step = codebook.lookup(code_indices, t)
         errors.append((residual - step).square().mean().item())
-        usage.append(perplexity(code_indices, codebook.size) / codebook.size)
+        size = codebook.sizes[t - 1]
+        usage.append(perplexity(code_indices, size) / size)
         state = x + step
     both = [_decode(tokenizer, latents), _decode(tokenizer, state)]
     return ImageFigures(

@@ -1,8 +1,9 @@
 """Trains tokenisers: of text in one go, of images in one resumable loop.
 
 An image tokeniser learns in three phases after each other: first the autoencoder, then the
-codebook, then the decoder again. All randomness is drawn from (seed, step), and a step's
-phase follows from its number, so a run can stop anywhere and go on as if it had not.
+codebook, then the decoder again; one on top of another's autoencoder leaves out the first. All
+randomness is drawn from (seed, step), and a step's phase follows from its number, so a run can stop
+anywhere and go on as if it had not.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrdpm import checkpoint, machine, text_tokenizer, weights
+from mmrdpm import checkpoint, machine, shipped, text_tokenizer, weights
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.pictures import to_tensor
+from mmrdpm.errors import RecipeError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
+from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.autoencoder import reconstruction_loss
 from mmrdpm.rdpm.codebook import CodebookFit
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -37,6 +40,8 @@ class ImageTokenizerTraining:
     Attributes:
         steps: updates of all phases together.
         codebook_share, decoder_share: of the steps, those of the two later phases.
+        autoencoder_from: name or folder of a tokeniser whose autoencoder is taken as it is; then
+            the codebook has all steps but the decoder's.
         latent_noise: standard deviation of the noise on the latents, whose own is 1.
         codebook_batch: images per codebook update; many residuals are needed per code.
         precision: of convolutions; auto is bf16 where the CPU has instructions for it, else fp32.
@@ -45,6 +50,7 @@ class ImageTokenizerTraining:
     steps: int = field(default=5000, metadata={"min": 3})
     codebook_share: float = field(default=0.04, metadata={"min": 0.0, "max": 0.5})
     decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.9})
+    autoencoder_from: str | None = None
     lr: float = field(default=1e-3, metadata={"min": 0.0})
     batch_size: int = field(default=64, metadata={"min": 2})
     codebook_batch: int = field(default=512, metadata={"min": 1})
@@ -55,6 +61,8 @@ class ImageTokenizerTraining:
 
     @property
     def codebook_steps(self) -> int:
+        if self.autoencoder_from:
+            return self.steps - self.decoder_steps
         return max(1, round(self.steps * self.codebook_share))
 
     @property
@@ -63,6 +71,8 @@ class ImageTokenizerTraining:
 
     @property
     def autoencoder_steps(self) -> int:
+        if self.autoencoder_from:
+            return 0
         return max(1, self.steps - self.codebook_steps - self.decoder_steps)
 
 
@@ -104,13 +114,14 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
     """Trains an image tokeniser into a run folder; False if it was stopped before the end.
 
     Raises:
+        RecipeError: the parts of the tokeniser do not fit together.
         CheckpointError: the folder holds another run, or a checkpoint could not be written.
     """
     machine.prepare(recipe.train.threads)
-    checkpoint.begin(run, recipe, resume)
     data = load_emoji(recipe.tokenizer.autoencoder.image_size)
     images = to_tensor(data.images[data.indices("train")])
     trainer = TokenizerTrainer(recipe.tokenizer, recipe.train, images)
+    checkpoint.begin(run, recipe, resume)
     if latest := checkpoint.newest(run):
         trainer.restore(latest)
     with Monitor(run, "image tokeniser", recipe.train.steps, trainer.step) as monitor:
@@ -139,9 +150,12 @@ class TokenizerTrainer:
         torch.manual_seed(training.seed)
         self.training, self.images, self.step = training, images, 0
         self.tokenizer = ImageTokenizer(config)
+        if training.autoencoder_from:
+            adopt_autoencoder(self.tokenizer, training.autoencoder_from)
         self.autoencoder = self.tokenizer.autoencoder.to(
             memory_format=torch.channels_last  # type: ignore[call-overload]
         )
+        self.latents: Tensor | None = None  # of all images, once the encoder learns no more
         self.fit = CodebookFit(self.tokenizer.codebook)
         self.optimizer = torch.optim.AdamW(
             self.autoencoder.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-4
@@ -179,7 +193,7 @@ class TokenizerTrainer:
 
     def _train_autoencoder(self, generator: torch.Generator) -> float:
         """Reconstruction through noisy latents."""
-        images = self._draw(self.training.batch_size, generator)
+        images = self._images(self._draw(self.training.batch_size, generator))
         self.autoencoder.train()
         with self._autocast():
             latents = self.autoencoder.encode(images)
@@ -204,8 +218,8 @@ class TokenizerTrainer:
 
     def _train_decoder(self, generator: torch.Generator) -> float:
         """Reconstruction from the codes, by the decoder alone."""
-        images = self._draw(self.training.batch_size, generator)
-        latents = self._latents(images)
+        chosen = self._draw(self.training.batch_size, generator)
+        images, latents = self._images(chosen), self._latents(chosen)
         trajectory, codebook = self.tokenizer.trajectory, self.tokenizer.codebook
         noise = torch.randn((trajectory.num_noises, *latents.shape), generator=generator)
         _, states = encode(trajectory, codebook, latents, noise)
@@ -220,15 +234,20 @@ class TokenizerTrainer:
         return machine.autocast(machine.matrix_dtype(self.training.precision, device), device)
 
     def _draw(self, count: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(self.images), (count,), generator=generator)
+        return torch.randint(len(self.images), (count,), generator=generator)
+
+    def _images(self, chosen: Tensor) -> Tensor:
         return self.images[chosen].contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def _latents(self, images: Tensor) -> Tensor:
+    def _latents(self, chosen: Tensor) -> Tensor:
         """Latents with the stored statistics, as at inference."""
-        self.autoencoder.eval()
-        with self._autocast():
-            return self.autoencoder.encode(images).float()
+        if self.latents is None:
+            self.autoencoder.eval()
+            with self._autocast():
+                chunks = [self.autoencoder.encode(chunk) for chunk in self.images.split(256)]
+            self.latents = torch.cat(chunks).float()
+        return self.latents[chosen]
 
     def _update(self, loss: Tensor, progress: float) -> float:
         """One step of AdamW; the learning rate falls as a cosine over the phase's progress."""
@@ -240,3 +259,20 @@ class TokenizerTrainer:
         loss.backward()
         self.optimizer.step()
         return loss.item()
+
+
+def adopt_autoencoder(tokenizer: ImageTokenizer, source: str) -> None:
+    """Copies the autoencoder of the tokeniser of that name or folder.
+
+    Raises:
+        RecipeError: it has another shape.
+        MmrdpmError: there is no such tokeniser, or it is damaged.
+    """
+    theirs = image_tokenizer.load(shipped.resolve("tokenizers", source))
+    wanted, found = tokenizer.config.autoencoder, theirs.config.autoencoder
+    if wanted != found:
+        raise RecipeError(
+            f"train.autoencoder_from: {source} has {found}, but tokenizer.autoencoder is {wanted}:"
+            " make them equal"
+        )
+    tokenizer.autoencoder.load_state_dict(theirs.autoencoder.state_dict())

@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm, silu
 
 from mmrdpm.attention import sdpa
 from mmrdpm.attention.layout import Layout
-from mmrdpm.document import Packed
+from mmrdpm.document import Packed, with_history
 from mmrdpm.errors import RecipeError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -31,6 +31,9 @@ class TransformerConfig:
     Attributes:
         heads, kv_heads: queries and shared keys and values; `kv_heads` divides `heads`.
         ffn: hidden width of the SwiGLU feed-forward.
+        sees_start_noise: whether image positions enter with `x_T` beside `x_t`.
+        history: whether a noisy block sees those of its image's earlier steps. Drawing shows all
+            of them: learn all timesteps of an image at once, `data.steps_per_image` = T.
     """
 
     layers: int = field(default=6, metadata={"min": 1})
@@ -38,6 +41,8 @@ class TransformerConfig:
     heads: int = field(default=4, metadata={"min": 1})
     kv_heads: int = field(default=4, metadata={"min": 1})
     ffn: int = field(default=704, metadata={"min": 8})
+    sees_start_noise: bool = True
+    history: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.heads % self.kv_heads:
@@ -91,7 +96,8 @@ class Transformer(nn.Module):
         self.config = config
         self.plan: Callable[[Layout], Callable[..., Tensor]] = sdpa.plan  # a run may choose another
         self.table = nn.Embedding(vocab_size, config.width)
-        self.from_latents = nn.Linear(2 * latent_channels, config.width, bias=False)
+        seen = 2 * latent_channels if config.sees_start_noise else latent_channels
+        self.from_latents = nn.Linear(seen, config.width, bias=False)
         self.timesteps = nn.Embedding(num_timesteps + 1, config.width)
         self.attentions = nn.ModuleList(Attention(config) for _ in range(config.layers))
         self.feed_forwards = nn.ModuleList(FeedForward(config) for _ in range(config.layers))
@@ -109,13 +115,16 @@ class Transformer(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed rows -> hidden states `[R, S, width]`; `logits` scores them."""
+        if self.config.history:
+            packed = with_history(packed)
         attend = self.plan(packed.layout)
         x = self.embed(packed.token_ids, packed.latents, packed.timesteps)
         return self.run(x, packed.positions, lambda _, q, k, v: attend(q, k, v))
 
     def embed(self, token_ids: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
         """One vector per position, `[R, S, width]`, of unit mean square."""
-        image = self.from_latents(latents) + self.timesteps(timesteps.clamp(min=0))
+        seen = latents[..., : self.from_latents.in_features]  # x_t first, then x_T
+        image = self.from_latents(seen) + self.timesteps(timesteps.clamp(min=0))
         text = self.table(token_ids)
         mixed = torch.where((timesteps >= 0)[..., None], image.to(text.dtype), text)
         return rms_norm(mixed, (self.config.width,))

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mmrdpm.document import ImageSegment, TextSegment, length, pack
+from mmrdpm.attention import xformers
+from mmrdpm.document import ImageSegment, TextSegment, length, pack, with_history
 from mmrdpm.objective import loss
 from mmrdpm.transformer import Transformer, TransformerConfig, rotate, rotations
 from mmrdpm.vocabulary import Vocabulary
@@ -30,9 +33,9 @@ def documents():
     ]
 
 
-def make_model():
+def make_model(**variant):
     torch.manual_seed(0)
-    config = TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48)
+    config = TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48, **variant)
     model = Transformer(config, VOCABULARY.size, CHANNELS, STEPS)
     for parameter in model.parameters():  # away from the identity that it starts as
         torch.nn.init.normal_(parameter, std=0.2)
@@ -118,3 +121,64 @@ def test_a_model_learns_the_codes_of_one_document():
         found.total.backward()
         optimizer.step()
     assert found.per_token[found.timesteps > 0].max() < 0.1
+
+
+def test_following_blocks_are_those_behind_the_first_of_their_image():
+    v = VOCABULARY
+    text = TextSegment((v.bos, 1))
+    both = [text, image(1, timesteps=(4, 2, 1)), image(2, timesteps=(3, 1), clean=True), text]
+    row = packed([[both, [text, image(3, timesteps=(2,))]]], seq_len=40)
+    kinds = with_history(row).layout.kinds[0].tolist()
+    expected = [0] * 2 + [2] * 4 + [3] * 8 + [2] * 4 + [3] * 4 + [1] * 4 + [0] * 4 + [2] * 4
+    assert kinds[:34] == expected
+    assert row.layout.kinds[0, 6] == 2  # the rows themselves are as they were
+
+
+def test_a_following_block_sees_its_images_earlier_steps_and_no_others():
+    v = VOCABULARY
+    document = [TextSegment((v.bos, 1)), image(1, timesteps=(4, 2)), image(2, timesteps=(3, 1))]
+    layout = with_history(packed([[document]], seq_len=18)).layout
+    rows = ["".join(".1"[int(x)] for x in row) for row in layout.visible()[0, ::4]]
+    assert rows == [
+        "1.................",
+        "111111............",
+        "1111111111........",
+        "11........1111....",
+        "11........11111111",
+    ]
+    seen = torch.zeros(18, 18, dtype=torch.int64)
+    for part in xformers.parts(layout):
+        bias = part.bias().materialize((len(part.queries), len(part.keys)))
+        query, key = (bias == 0).nonzero(as_tuple=True)
+        seen[part.queries[query], part.keys[key]] += 1
+    assert torch.equal(seen, layout.visible()[0].long())
+
+
+def test_history_reaches_later_steps_and_never_earlier_ones():
+    model = make_model(history=True)
+    text = TextSegment((VOCABULARY.bos, 1))
+    first = image(1, timesteps=(4, 2))
+    states = first.states.clone()
+    states[2] += 1
+    second = replace(first, states=states)
+    a, b = (model(packed([[[text, i]]], 10))[0] for i in (first, second))
+    assert not torch.equal(a[6:], b[6:])
+    torch.testing.assert_close(a[:6], b[:6])
+    plain = make_model()
+    assert not torch.equal(
+        model(packed([[[text, first]]], 10))[0, 6:], plain(packed([[[text, first]]], 10))[0, 6:]
+    )
+    torch.testing.assert_close(
+        model(packed([[[text, first]]], 10))[0, :6], plain(packed([[[text, first]]], 10))[0, :6]
+    )
+
+
+def test_without_start_noise_the_model_does_not_see_it():
+    first = image(1, timesteps=(2,))
+    states = first.states.clone()
+    states[STEPS] += 1
+    text = TextSegment((VOCABULARY.bos, 1))
+    rows = [packed([[[text, i]]], 6) for i in (first, replace(first, states=states))]
+    blind, seeing = make_model(sees_start_noise=False), make_model()
+    assert torch.equal(*(blind(row) for row in rows))
+    assert not torch.equal(*(seeing(row) for row in rows))

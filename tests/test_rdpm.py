@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from mmrdpm.rdpm.codebook import Codebook, CodebookFit, perplexity
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.rdpm.schedule import SCHEDULES, Schedule
 from mmrdpm.rdpm.trajectory import TRAJECTORIES, decode, encode, make_trajectory
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe, ImageTokenizerTraining, train_image
 
 TINY = ImageTokenizerConfig(
     AutoencoderConfig(image_size=16, latent_channels=4, patch=4, widths=(8, 16), blocks=1),
@@ -156,3 +159,109 @@ def test_unknown_names_are_refused():
         Schedule("linaer", 3)
     with pytest.raises(RecipeError, match="path"):
         make_trajectory("paht", Schedule("linear", 3))
+
+
+def test_eta_0_is_the_deterministic_step_from_the_real_state():
+    """DDIM: the state's own noise, errors included, is kept and rescaled."""
+    trajectory = make_trajectory("ancestral", Schedule("cosine", 4))
+    generator = torch.Generator().manual_seed(0)
+    latents, state = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    noise = torch.full((4, 5, 3), torch.nan, dtype=torch.float64)
+    for timestep in (4, 3, 2, 1):
+        (alpha, sigma), (alpha_s, sigma_s) = map(
+            trajectory.schedule.coefficients, (timestep, timestep - 1)
+        )
+        implied = (state - alpha * latents) / sigma
+        expected = alpha_s * latents + sigma_s * implied - state
+        noise[timestep - 1] = 7.0  # plays no part
+        residual = trajectory.residual(latents, noise, state, timestep)
+        torch.testing.assert_close(residual, expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_exact_ancestral_steps_keep_the_marginals(name, eta):
+    """Without quantisation z_t stays N(alpha_t z_0, sigma_t^2) at every step, whatever eta."""
+    trajectory = make_trajectory("ancestral", Schedule(name, 5), eta)
+    noise = torch.randn(5, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = torch.full((20_000,), 2.0, dtype=torch.float64)
+    state = trajectory.start(noise)
+    for timestep in range(5, 0, -1):
+        state = state + trajectory.residual(latents, noise, state, timestep)
+        alpha, sigma = trajectory.schedule.coefficients(timestep - 1)
+        assert state.mean().item() == pytest.approx(2 * alpha, abs=0.03)
+        assert state.std().item() == pytest.approx(sigma, abs=0.03)
+
+
+def test_fresh_noise_is_the_posterior_variance_of_ddpm():
+    """Ho et al. 2020 (arXiv 2006.11239, eq. 7) with its own abar and beta."""
+    trajectory = make_trajectory("ancestral", Schedule("cosine", 6), 1.0)
+    for timestep in range(2, 7):
+        abar, abar_s = (
+            trajectory.schedule.coefficients(t)[0] ** 2 for t in (timestep, timestep - 1)
+        )
+        beta = 1 - abar / abar_s
+        variance = (1 - abar_s) / (1 - abar) * beta
+        assert trajectory.fresh(timestep) ** 2 == pytest.approx(variance)
+    assert trajectory.fresh(1) == 0
+
+
+def test_eta_belongs_to_one_trajectory():
+    with pytest.raises(RecipeError, match=r"eta is 0\.5, but trajectory 'path' has none"):
+        make_trajectory("path", Schedule("linear", 3), 0.5)
+
+
+def test_a_growing_codebook_uses_the_codes_that_a_step_has():
+    generator = torch.Generator().manual_seed(0)
+    codebook = Codebook(3, 16, 2, per_step=True, sizes=(16, 8, 2))  # timestep 3 is the first
+    fit, trajectory = CodebookFit(codebook), make_trajectory("path", Schedule("linear", 3))
+    for update in range(30):
+        latents, eps = torch.randn(2, 512, 2, generator=generator)
+        state = eps
+        for timestep in (3, 2, 1):
+            residual = trajectory.residual(latents, eps[None], state, timestep)
+            state = state + fit.observe(residual, timestep, generator)
+        if update < 10:
+            fit.tie()
+            assert torch.equal(codebook.table(3), codebook.table(1)[:2])
+    codes, _ = encode(trajectory, codebook, latents, eps[None])
+    for timestep, size in ((3, 2), (2, 8), (1, 16)):
+        used = codes[timestep - 1].unique()
+        assert used.max() < size and len(used) > size // 2
+    assert (fit.counts[2, 2:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_step", "says"),
+    [
+        ((8, 8), True, "for each of the 3"),
+        ((0, 4, 8), True, "from 1 to codebook_size, 8"),
+        ((4, 8, 9), True, "from 1 to codebook_size, 8"),
+        ((2, 4, 8), False, "set per_step_codebook to true"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes, per_step, says):
+    with pytest.raises(RecipeError, match=says):
+        Codebook(3, 8, 2, per_step, sizes)
+
+
+def test_a_tokenizer_on_anothers_autoencoder_keeps_it_as_it_is(tiny_tokenizers, tmp_path):
+    theirs = image_tokenizer.load(tiny_tokenizers / "image")
+    shape = replace(theirs.config, num_timesteps=2, trajectory="residual")
+    plan = ImageTokenizerTraining(
+        steps=4,
+        decoder_share=0.0,
+        codebook_batch=16,
+        autoencoder_from=str(tiny_tokenizers / "image"),
+        threads=1,
+    )
+    assert (plan.autoencoder_steps, plan.codebook_steps, plan.decoder_steps) == (0, 4, 0)
+    assert train_image(ImageTokenizerRecipe(shape, plan), tmp_path / "made")
+    made = image_tokenizer.load(tmp_path / "made")
+    for name, tensor in theirs.autoencoder.state_dict().items():
+        assert torch.equal(tensor, made.autoencoder.state_dict()[name])
+    assert made.codebook.codes.abs().sum() > 0
+    other = replace(shape, autoencoder=replace(shape.autoencoder, latent_channels=8))
+    with pytest.raises(RecipeError, match="make them equal"):
+        train_image(ImageTokenizerRecipe(other, plan), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

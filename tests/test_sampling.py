@@ -6,7 +6,7 @@ from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling.choose import Choice, choose, keep
-from mmrdpm.sampling.image import Guided, sample_image
+from mmrdpm.sampling.image import Guided, guidance_at, sample_image
 from mmrdpm.sampling.text import sample_text
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
@@ -14,13 +14,13 @@ from mmrdpm.vocabulary import Vocabulary
 VOCABULARY = Vocabulary(text_size=20, codebook_size=8)
 
 
-def make_models():
+def make_models(**variant):
     torch.manual_seed(0)
     autoencoder = AutoencoderConfig(image_size=16, latent_channels=4, widths=(8, 16), blocks=1)
     config = ImageTokenizerConfig(autoencoder, num_timesteps=3, codebook_size=8)
     tokenizer = ImageTokenizer(config).eval()
     tokenizer.codebook.codes.normal_()
-    shape = TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48)
+    shape = TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48, **variant)
     model = Transformer(shape, VOCABULARY.size, 4, 3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -42,6 +42,36 @@ def test_greedy_drawing_equals_a_whole_forward_pass_at_every_step():
     for timestep in (3, 2, 1):
         step = tokenizer.codebook.lookup(codes[timestep - 1], timestep)
         torch.testing.assert_close(states[timestep - 1], states[timestep] + step)
+
+
+def test_drawing_with_history_equals_a_forward_pass_over_all_steps():
+    model, tokenizer = make_models(history=True)
+    v, caption = VOCABULARY, (3, 4, 5)
+    states = sample_image(model, tokenizer, v, caption, 7, Guided(0.0, guidance_scale=1.0))
+    image = ImageSegment(torch.zeros(3, 2, 2, dtype=torch.int64), states, (3, 2, 1))
+    row = pack([[[TextSegment((v.bos, *caption, v.image_start)), image]]], 17, v, 4)
+    codes = model.logits(model(row))[0, -12:, v.code_offset :].argmax(-1).view(3, 2, 2)
+    for timestep, chosen in zip((3, 2, 1), codes, strict=True):
+        step = tokenizer.codebook.lookup(chosen, timestep)
+        torch.testing.assert_close(states[timestep - 1], states[timestep] + step)
+
+
+def test_only_codes_that_a_step_has_are_drawn():
+    model, tokenizer = make_models()
+    tokenizer.codebook.sizes = (8, 8, 1)
+    states = sample_image(model, tokenizer, VOCABULARY, (3,), 1, Guided())
+    only = tokenizer.codebook.lookup(torch.zeros(2, 2, dtype=torch.int64), 3)
+    torch.testing.assert_close(states[2], states[3] + only)
+
+
+def test_guidance_schedules_worked_by_hand():
+    def scales(schedule):
+        how = Guided(guidance_scale=3.0, guidance_schedule=schedule)
+        return [guidance_at(how, t, 5) for t in (5, 4, 3, 2, 1)]
+
+    assert scales("constant") == [3.0] * 5
+    assert scales("rising") == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert scales("falling") == [3.0, 2.5, 2.0, 1.5, 1.0]
 
 
 def test_seeds_and_guidance_change_the_image_and_nothing_else_does():

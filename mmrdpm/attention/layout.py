@@ -4,9 +4,11 @@ A row of tokens holds documents one after the other; a document is a sequence of
 clean image blocks and noisy image blocks. A query sees a key of the same document if
 
 - both are in the same block (causally inside a text run, both ways inside an image block), or
-- the key belongs to the context stream (a text run or a clean block) and comes earlier.
+- the key belongs to the context stream (a text run or a clean block) and comes earlier, or
+- the query is in a following block, and the key in a noisy block of the same image before it.
 
-Nobody sees a noisy block from outside. `Layout.visible` is this rule, written once; every backend
+Nobody else sees a noisy block from outside. Following blocks exist in models with history alone.
+`Layout.visible` is this rule, written once; every backend
 takes a `Layout`, never a mask that its caller built.
 """
 
@@ -24,7 +26,8 @@ class BlockKind(IntEnum):
 
     TEXT = 0  # context, causal inside
     CLEAN = 1  # context, both ways inside
-    NOISY = 2  # seen by nobody outside itself, both ways inside
+    NOISY = 2  # no context, both ways inside
+    FOLLOWING = 3  # as NOISY, and sees the noisy blocks right before it, the image's first included
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,15 @@ class Layout:
         same_document = self.document_ids[query] == self.document_ids[key]
         same_block = self.block_ids[query] == self.block_ids[key]
         both_ways = self.kinds[query] != BlockKind.TEXT
-        context = self.kinds[key] != BlockKind.NOISY
+        context = self.kinds[key] < BlockKind.NOISY
+        images = self._images()
+        history = (self.kinds[query] == BlockKind.FOLLOWING) & (images[query] == images[key])
         inside = same_block & (both_ways | earlier)
-        outside = ~same_block & context & earlier
+        outside = ~same_block & (context | history) & earlier
         on_padding = (self.document_ids < 0)[query] | (self.document_ids < 0)[key]
         return (same_document & ~on_padding & (inside | outside)) | itself
+
+    def _images(self) -> Tensor:
+        """int64 `[R, S]`, one number for a block and the following blocks behind it."""
+        begins = self.block_ids.diff(dim=1, prepend=self.block_ids[:, :1] - 1) != 0
+        return (begins & (self.kinds != BlockKind.FOLLOWING)).cumsum(1)

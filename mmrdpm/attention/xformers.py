@@ -1,9 +1,9 @@
 """The `xformers` backend: memory-efficient attention on CUDA, exact, without a dense mask.
 
 Queries are split by kind. The tokens of a text run see their earlier context and, causally, their
-run; the positions of an image block see their earlier context and all of their block. For every
-block the keys that it may see are gathered behind each other, context first, so that both kinds
-become block-diagonal biases of the library, with a backward of their own.
+run; the positions of an image block see their earlier context, their history if they have one, and
+all of their block. For every block the keys that it may see are gathered behind each other, its own
+last, so that both kinds become block-diagonal biases of the library, with a backward of their own.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def parts(layout: Layout) -> list[Part]:
         change = layout.block_ids[row].diff().nonzero().flatten() + 1
         bounds = [0, *change.tolist(), length]
         context: list[Tensor] = []
+        history: list[Tensor] = []  # the noisy blocks of the image at hand
         document = -1
         for start, end in pairwise(bounds):
             if layout.document_ids[row, start] < 0:
@@ -61,11 +62,11 @@ def parts(layout: Layout) -> list[Part]:
                 context, document = [], int(layout.document_ids[row, start])
             own = torch.arange(start, end) + row * length
             kind = layout.kinds[row, start]
+            history = history if kind == BlockKind.FOLLOWING else []
             queries, keys = text if kind == BlockKind.TEXT else image
             queries.append(own)
-            keys.append(torch.cat([*context, own]))
-            if kind != BlockKind.NOISY:
-                context.append(own)
+            keys.append(torch.cat([*context, *history, own]))
+            (context if kind < BlockKind.NOISY else history).append(own)
     return [
         Part(torch.cat(q), torch.cat(k), [*map(len, q)], [*map(len, k)], causal)
         for (q, k), causal in ((text, True), (image, False))

@@ -54,10 +54,10 @@ def recipe_file(name: str, kinds: tuple[str, ...]) -> Path:
         raise RecipeError(str(error)) from None
     kind = recipe.read(path).get("kind")
     if kind not in kinds:
-        command = "train" if kind == "model" else "tokenizer train"
+        command = {"model": "train", "sweep": "sweep"}.get(str(kind), "tokenizer train")
         raise RecipeError(
             f"{path}: kind is {kind!r}, not {' or '.join(map(repr, kinds))}"
-            + (f": use mmrdpm {command}" if kind in ("model", "image", "text") else "")
+            + (f": use mmrdpm {command}" if kind in ("model", "image", "text", "sweep") else "")
         )
     return path
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Literal
@@ -54,8 +55,11 @@ class EmojiData:
         return [i for i, tone in enumerate(self.tones) if not tone]
 
 
+@lru_cache(maxsize=3)  # it takes seconds, and one process asks again and again
 def load_emoji(size: int = 32) -> EmojiData:
     """All named Twemoji at `size` x `size` pixels (72 is the pictures' own size).
+
+    The same object for all callers: to be read, not changed.
 
     Raises:
         DataError: a package that carries the data is not installed.

@@ -5,12 +5,19 @@ Position-wise throughout: every tensor is `[..., C]`, so grids of any rank pass 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from mmrdpm.errors import RecipeError
 
 
 class Codebook(nn.Module):
     """`K` codes of `C` channels, shared by all timesteps or one table per timestep.
+
+    Tables per timestep may differ in size: timestep t then chooses from the first `K_t` codes of
+    its own table, so that all code indices lie in one range, 0..K-1.
 
     A residual `r_t` is divided by the gain `g_t` before it is compared with the codes, and a code
     is multiplied by it when looked up, so that one table serves steps of very different length.
@@ -18,13 +25,26 @@ class Codebook(nn.Module):
     Attributes:
         codes: float32 `[S, K, C]`, `S = 1` (shared) or `T` (per timestep).
         gains: float32 `[T]`, row `t - 1` belongs to timestep t.
+        sizes: the `T` numbers `K_t`, row `t - 1` belongs to timestep t.
+
+    Raises:
+        RecipeError: `sizes` are not `T` numbers within 1..K, or differ in a shared table.
     """
 
     codes: Tensor
     gains: Tensor
 
-    def __init__(self, num_timesteps: int, size: int, dim: int, per_step: bool = False) -> None:
+    def __init__(
+        self,
+        num_timesteps: int,
+        size: int,
+        dim: int,
+        per_step: bool = False,
+        sizes: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.sizes = tuple(sizes) or (size,) * num_timesteps
+        _check_sizes(self.sizes, num_timesteps, size, per_step)
         tables = num_timesteps if per_step else 1
         self.register_buffer("codes", torch.zeros(tables, size, dim))
         self.register_buffer("gains", torch.ones(num_timesteps))
@@ -38,8 +58,8 @@ class Codebook(nn.Module):
         return self.codes.shape[0] > 1
 
     def table(self, timestep: int) -> Tensor:
-        """The unscaled codes `[K, C]` that timestep 1..T chooses from."""
-        return self.codes[timestep - 1 if self.per_step else 0]
+        """The unscaled codes `[K_t, C]` that timestep 1..T chooses from."""
+        return self.codes[timestep - 1 if self.per_step else 0, : self.sizes[timestep - 1]]
 
     def nearest(self, residual: Tensor, timestep: int) -> Tensor:
         """`argmin_k || r_t / g_t - e_k ||^2` (design, section 1): int64 `[...]` for `[..., C]`."""
@@ -52,6 +72,18 @@ class Codebook(nn.Module):
     def lookup(self, code_indices: Tensor, timestep: int) -> Tensor:
         """`g_t e_q`: float32 `[..., C]` for indices `[...]`."""
         return self.gains[timestep - 1] * self.table(timestep)[code_indices]
+
+
+def _check_sizes(sizes: Sequence[int], num_timesteps: int, size: int, per_step: bool) -> None:
+    if len(sizes) != num_timesteps or not all(1 <= s <= size for s in sizes):
+        raise RecipeError(
+            f"codebook_sizes {list(sizes)}: give one size for each of the {num_timesteps}"
+            f" timesteps, each from 1 to codebook_size, {size}"
+        )
+    if len(set(sizes)) > 1 and not per_step:
+        raise RecipeError(
+            "codebook_sizes that differ need tables of their own: set per_step_codebook to true"
+        )
 
 
 class CodebookFit:
@@ -67,7 +99,10 @@ class CodebookFit:
 
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook
-        self.counts = torch.zeros(codebook.codes.shape[:2])
+        self.present = torch.zeros(codebook.codes.shape[:2])  # 1 where a table has a code
+        for table in range(len(self.present)):
+            self.present[table, : codebook.sizes[table]] = 1
+        self.counts = torch.zeros_like(self.present)
         self.sums = torch.zeros_like(codebook.codes)
 
     @torch.no_grad()
@@ -80,17 +115,18 @@ class CodebookFit:
         codebook.gains[row] = scale if fresh else torch.lerp(scale, codebook.gains[row], self.decay)
         flat = residual.reshape(-1, residual.shape[-1]) / codebook.gains[row]
         if fresh:
-            codebook.codes[table] = _draw(flat, codebook.size, generator)
+            codebook.table(timestep)[:] = _draw(flat, codebook.sizes[row], generator)
         code_indices = codebook.nearest(residual, timestep)
         self._average(flat, code_indices.reshape(-1), table, decay=0.0 if fresh else self.decay)
-        self._reseed(flat, table, generator)
+        self._reseed(flat, table, codebook.sizes[row], generator)
         return codebook.lookup(code_indices, timestep)
 
     @torch.no_grad()
     def tie(self) -> None:
-        """Makes all tables one: the mean of what each has seen."""
-        self.counts[:] = self.counts.mean(0)
-        self.sums[:] = self.sums.mean(0)
+        """Makes all tables one: the mean of what those that have a code have seen of it."""
+        having = self.present.sum(0).clamp(min=1)
+        self.counts = self.present * (self.counts.sum(0) / having)
+        self.sums = self.present[..., None] * (self.sums.sum(0) / having[:, None])
         self.codebook.codes[:] = self.sums / self.counts[..., None].clamp(min=1e-6)
 
     def _average(self, flat: Tensor, chosen: Tensor, table: int, decay: float) -> None:
@@ -101,9 +137,9 @@ class CodebookFit:
         used = self.counts[table] > 0
         self.codebook.codes[table, used] = self.sums[table, used] / self.counts[table, used, None]
 
-    def _reseed(self, flat: Tensor, table: int, generator: torch.Generator) -> None:
-        mean_count = self.counts[table].mean()
-        dead = self.counts[table] < self.dead_below * mean_count
+    def _reseed(self, flat: Tensor, table: int, size: int, generator: torch.Generator) -> None:
+        mean_count = self.counts[table, :size].mean()
+        dead = (self.counts[table] < self.dead_below * mean_count) & self.present[table].bool()
         seeds = _draw(flat, int(dead.sum()), generator)
         self.codebook.codes[table, dead] = seeds
         self.counts[table, dead] = mean_count

@@ -21,13 +21,22 @@ WEIGHTS_FILE = "tokenizer.safetensors"
 
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """What an image tokeniser is, apart from its weights."""
+    """What an image tokeniser is, apart from its weights.
+
+    Attributes:
+        eta: share of fresh noise, of the trajectory `ancestral` alone.
+        codebook_size: K, the range of code indices, and the size of a table unless
+        codebook_sizes: give the size per timestep in the order of drawing, T first; they need a
+            table per timestep.
+    """
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    num_timesteps: int = 10
+    num_timesteps: int = field(default=10, metadata={"min": 1})
     schedule: str = "linear"
     trajectory: str = "path"
-    codebook_size: int = 1024
+    eta: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
+    codebook_size: int = field(default=1024, metadata={"min": 1})
+    codebook_sizes: tuple[int, ...] = ()
     per_step_codebook: bool = False
 
 
@@ -52,12 +61,13 @@ class ImageTokenizer(nn.Module):
         self.config = config
         self.autoencoder = Autoencoder(config.autoencoder)
         self.schedule = Schedule(config.schedule, config.num_timesteps)
-        self.trajectory = make_trajectory(config.trajectory, self.schedule)
+        self.trajectory = make_trajectory(config.trajectory, self.schedule, config.eta)
         self.codebook = Codebook(
             config.num_timesteps,
             config.codebook_size,
             self.latent_channels,
             config.per_step_codebook,
+            config.codebook_sizes[::-1],
         )
 
     @property

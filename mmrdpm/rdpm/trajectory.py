@@ -11,6 +11,7 @@ so every residual starts from where the earlier codes really led.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -94,15 +95,61 @@ class Residual(Trajectory):
         return latents - state
 
 
+@dataclass(frozen=True)
+class Ancestral(Trajectory):
+    """Fresh noise at every step: `r_t` leads to a draw of the posterior given the real state.
+
+    The state's own noise is `eps_hat = (x_t - alpha_t z_0) / sigma_t`, quantisation errors
+    included, and with s = t - 1 the step aims at (Song et al. 2020, arXiv 2010.02502, eq. 12)
+
+        alpha_s z_0 + sqrt(sigma_s^2 - tau_t^2) eps_hat + tau_t eps_t
+        tau_t = eta sigma_s / sigma_t sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2)
+
+    tau_t is their eq. 16 without the condition alpha^2 + sigma^2 = 1; with eta = 1 its square is
+    the variance of q(z_s | z_t, z_0) (Kingma et al. 2021, arXiv 2107.00630, appendix A.2), so that
+    eta = 1 is DDPM and eta = 0 the deterministic step of DDIM. The fresh noise is part of what is
+    quantised: the codes carry it, and drawing them draws it.
+
+    Attributes:
+        eta: 0..1, the share of fresh noise.
+    """
+
+    eta: float
+
+    @property
+    def num_noises(self) -> int:
+        return self.num_timesteps
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise[0]
+
+    def residual(self, latents: Tensor, noise: Tensor, state: Tensor, timestep: int) -> Tensor:
+        alpha, sigma = self.schedule.coefficients(timestep)
+        next_alpha, next_sigma = self.schedule.coefficients(timestep - 1)
+        tau = self.fresh(timestep)
+        kept = math.sqrt(max(0.0, next_sigma**2 - tau**2)) / sigma
+        aim = next_alpha * latents + kept * (state - alpha * latents)
+        # the last step, t = 1, adds no noise, so row t - 1 is free for that of t >= 2
+        return aim + tau * noise[timestep - 1] - state
+
+    def fresh(self, timestep: int) -> float:
+        """tau_t, the standard deviation of the noise that timestep t adds."""
+        alpha, sigma = self.schedule.coefficients(timestep)
+        next_alpha, next_sigma = self.schedule.coefficients(timestep - 1)
+        added = max(0.0, sigma**2 - (alpha / next_alpha * next_sigma) ** 2)
+        return self.eta * next_sigma / sigma * math.sqrt(added)
+
+
 TRAJECTORIES: dict[str, type[Trajectory]] = {
     "path": Path,
     "injected": Injected,
     "residual": Residual,
+    "ancestral": Ancestral,
 }
 
 
-def make_trajectory(name: str, schedule: Schedule) -> Trajectory:
-    """The member of that name.
+def make_trajectory(name: str, schedule: Schedule, eta: float = 0.0) -> Trajectory:
+    """The member of that name; `eta` is of `ancestral` alone.
 
     Raises:
         RecipeError: there is none.
@@ -110,6 +157,10 @@ def make_trajectory(name: str, schedule: Schedule) -> Trajectory:
     if name not in TRAJECTORIES:
         known = ", ".join(TRAJECTORIES)
         raise RecipeError(f"unknown trajectory {name!r}: choose one of {known}")
+    if name == "ancestral":
+        return Ancestral(schedule, eta)
+    if eta:
+        raise RecipeError(f"eta is {eta}, but trajectory {name!r} has none: leave it out")
     return TRAJECTORIES[name](schedule)
 
 

@@ -42,7 +42,7 @@ class Cache:
 
     @torch.no_grad()
     def extend(self, model: Transformer, x: Tensor, positions: Tensor) -> Tensor:
-        """One more text token `[1, 1, width]`, which the context then holds."""
+        """A text token, or a block that sees itself both ways, which the context then holds."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer] = torch.cat([self.keys[layer], k], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +23,19 @@ class Guided(Choice):
     Attributes:
         guidance_scale: classifier-free guidance, `uncond + s (cond - uncond)` (Ho & Salimans
             2022, arXiv 2207.12598, eq. 6 with s = w + 1); 1 is off.
+        guidance_schedule: the scale at every step alike, or on a straight line over the steps,
+            `rising` from 1 or `falling` to 1.
     """
 
     guidance_scale: float = field(default=3.0, metadata={"min": 0.0})
+    guidance_schedule: Literal["constant", "rising", "falling"] = "constant"
+
+
+def guidance_at(how: Guided, timestep: int, num_timesteps: int) -> float:
+    """The guidance scale of timestep T..1, T the first that is drawn."""
+    place = (num_timesteps - timestep) / max(1, num_timesteps - 1)  # 0 at the first, 1 at the last
+    share = {"constant": 1.0, "rising": place, "falling": 1 - place}[how.guidance_schedule]
+    return 1 + (how.guidance_scale - 1) * share
 
 
 @torch.no_grad()
@@ -52,7 +63,9 @@ def sample_image(
         logits = _code_logits(model, vocabulary, cond, states[-1], start, timestep)
         if uncond:
             without = _code_logits(model, vocabulary, uncond, states[-1], start, timestep)
-            logits = without + how.guidance_scale * (logits - without)
+            scale = guidance_at(how, timestep, tokenizer.num_timesteps)
+            logits = without + scale * (logits - without)
+        logits = logits[:, : tokenizer.codebook.sizes[timestep - 1]]
         code_indices = choose(logits, how, generator).reshape(tokenizer.grid)
         states.append(states[-1] + tokenizer.codebook.lookup(code_indices, timestep))
     return torch.stack(states[::-1])
@@ -88,5 +101,6 @@ def _code_logits(
     timesteps = torch.full(latents.shape[:2], timestep, device=latents.device)
     x = model.embed(torch.full_like(timesteps, vocabulary.pad), latents, timesteps)
     positions = grid_positions(tuple(state.shape[:-1]), slot)[None].to(latents.device)
-    hidden = cache.look(model, x, positions)
+    see = cache.extend if model.config.history else cache.look
+    hidden = see(model, x, positions)
     return model.logits(hidden)[0, :, vocabulary.code_offset :]

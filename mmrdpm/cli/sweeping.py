@@ -1,0 +1,35 @@
+"""Runs ablations."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from mmrdpm.cli.common import INTERRUPTED, Commands, command, recipe_file
+from mmrdpm.sweep import spec
+from mmrdpm.sweep.measure import Measurer
+from mmrdpm.sweep.run import run_sweep
+
+
+def add(commands: Commands) -> None:
+    """Registers `sweep`."""
+    p = command(commands, sweep_command, "sweep")
+    p.add_argument("file", metavar="FILE", help="file, or name of a shipped sweep")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/FILE's name")
+    p.add_argument("--only", metavar="NAME", help="do one variant alone")
+
+
+def sweep_command(options: argparse.Namespace) -> int:
+    """Trains and measures a list of variants; the same command goes on where it stopped."""
+    path = recipe_file(options.file, ("sweep",))
+    sweep = spec.load(path)
+    out = options.out or Path("runs") / path.stem
+    say = partial(print, file=sys.stderr)
+    table = run_sweep(sweep, out, Measurer(), say, options.only)
+    if table is None:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    print(table)
+    return 0

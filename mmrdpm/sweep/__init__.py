@@ -1,0 +1,1 @@
+"""Ablations: a list of variants, equal training FLOPs for each, one table."""

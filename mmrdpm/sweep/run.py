@@ -1,0 +1,146 @@
+"""Runs a sweep: tokenisers, models, measurements, each once, whatever stopped it in between.
+
+OUT/tokenizers/NAME          a run folder each; tokenizers.jsonl has their figures
+OUT/runs/NAME-seed0          a run folder each, as `mmrdpm train` makes it
+OUT/results.jsonl            a line per variant and seed, appended as they finish
+OUT/results.md, *.svg        the tables and plots, written anew after every line
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmrdpm import api, checkpoint, machine
+from mmrdpm import recipe as recipes
+from mmrdpm.api import Model
+from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.objective import loss
+from mmrdpm.sweep import spec
+from mmrdpm.sweep.records import Records
+from mmrdpm.sweep.report import report
+from mmrdpm.sweep.spec import Measures, Sweep, Variant
+from mmrdpm.sweep.tokenizers import train_tokenizer
+from mmrdpm.train_model import ModelRecipe, Trainer, train
+
+Measure = Callable[[Model, Measures], dict[str, Any]]
+
+_COUNTED = 4  # batches that the FLOPs of an update are averaged over
+
+
+def run_sweep(
+    sweep: Sweep, out: Path, measure: Measure, say: Callable[[str], None], only: str | None = None
+) -> Path | None:
+    """Does what is left of a sweep; gives the path of its table, None if it was stopped.
+
+    Raises:
+        UsageError: no variant is called `only`.
+        CheckpointError: `out` holds a sweep of other recipes.
+    """
+    chosen = [v for v in sweep.variants if only in (None, v.name)]
+    if not chosen:
+        names = ", ".join(v.name for v in sweep.variants)
+        raise UsageError(f"--only {only}: the sweep has no such variant: choose one of {names}")
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = sweep.seeds if sweep.model_recipe else sweep.seeds[:1]
+    jobs = [(variant, seed) for seed in seeds for variant in chosen]  # a whole table first
+    for number, (variant, seed) in enumerate(jobs, start=1):
+        say(f"{number} of {len(jobs)}: {variant.name}, seed {seed}")
+        if not _finish(sweep, variant, seed, out, measure, say):
+            return None
+    return report(sweep, out)
+
+
+def _finish(
+    sweep: Sweep, variant: Variant, seed: int, out: Path, measure: Measure, say: Callable
+) -> bool:
+    """One line of the results, trained and measured as far as it is not there; False if stopped."""
+    images = None
+    if sweep.tokenizer_recipe:
+        images = train_tokenizer(sweep, variant, out, say)
+        if images is None:
+            return False
+    if sweep.model_recipe is None:
+        return True
+    records = Records(out / "results.jsonl")
+    identity = _identity(sweep, variant, seed)
+    known = records.find(variant=variant.name, seed=seed)
+    if known:
+        _check_same(known, identity, records.path)
+        return True
+    run = train_run(sweep, variant, seed, out, images)
+    if run is None:
+        return False
+    folder, trained = run
+    model = replace(api.load(folder), sampling=spec.sampling(sweep, variant))
+    records.append({**identity, **trained, **measure(model, sweep.measures)})
+    report(sweep, out)
+    return True
+
+
+def _identity(sweep: Sweep, variant: Variant, seed: int) -> dict[str, Any]:
+    """What a line of results belongs to."""
+    return {
+        "variant": variant.name,
+        "seed": seed,
+        "tokenizer": list(variant.tokenizer),
+        "model": list(variant.model),
+        "sampling": recipes.to_dict(spec.sampling(sweep, variant)),
+        "tflops": sweep.tflops,
+        "measures": recipes.to_dict(sweep.measures),
+    }
+
+
+def _check_same(known: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    for key, value in identity.items():
+        if known.get(key) != value:
+            raise CheckpointError(
+                f"{path}: variant {identity['variant']} was measured with {key}={known.get(key)},"
+                f" not {value}: name another folder with --out, or remove its lines"
+            )
+
+
+def train_run(
+    sweep: Sweep, variant: Variant, seed: int, out: Path, images: Path | None
+) -> tuple[Path, dict[str, Any]] | None:
+    """Trains the variant's weights within the budget, once; None if stopped.
+
+    Gives the run folder and what to note of it: `steps`, `tflops_per_step`, `seconds` (None where
+    the run was stopped in between, or had been there) and `parameters`.
+    """
+    run = out / "runs" / f"{spec.weights_owner(sweep, variant)}-seed{seed}"
+    once = spec.model_recipe(sweep, variant, steps=1, seed=0, images=images)
+    flops, parameters = count_flops(once)
+    steps = max(1, round(sweep.tflops * 1e12 / flops))
+    recipe = spec.model_recipe(sweep, variant, steps, seed, images)
+    begun = (run / checkpoint.RECIPE_FILE).exists()
+    clock = time.perf_counter()
+    if not train(recipe, run, resume=begun):
+        return None
+    seconds = None if begun else time.perf_counter() - clock
+    noted = {"steps": steps, "tflops_per_step": flops / 1e12, "parameters": parameters}
+    return run, {**noted, "seconds": seconds}
+
+
+def count_flops(recipe: ModelRecipe) -> tuple[float, int]:
+    """FLOPs of one update's forward and backward pass, and the number of parameters.
+
+    The mean over the first batches of the stream; the backend is the dense one, whose products
+    torch's counter knows, so that the count is the same on every machine.
+    """
+    machine.prepare(recipe.train.threads)
+    dense = replace(recipe, train=replace(recipe.train, attention="sdpa", precision="fp32"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(dense, Path(folder))
+        batches = [trainer.loader.batch().to(trainer.device) for _ in range(_COUNTED)]
+        with FlopCounterMode(display=False) as counter:
+            for packed in batches:
+                loss(trainer.transformer, packed, recipe.train.text_weight).total.backward()
+        parameters = sum(p.numel() for p in trainer.transformer.parameters())
+    return counter.get_total_flops() / _COUNTED, parameters

@@ -1,0 +1,151 @@
+"""What a sweep is: base recipes, a budget, and named variants that override them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from mmrdpm import recipe, shipped
+from mmrdpm.errors import RecipeError
+from mmrdpm.sampling.image import Guided
+from mmrdpm.train_model import ModelRecipe
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table; each list holds overrides such as `model.history=true`.
+
+    Attributes:
+        name: lower case, as its folder is called.
+        tokenizer: of the tokeniser's recipe; variants with the same ones share the tokeniser.
+        model: of the model's recipe; variants with the same ones, tokeniser too, share the weights.
+        sampling: of the section `sampling`, without its name: they need no training.
+    """
+
+    name: str
+    tokenizer: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
+    sampling: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of a trained model.
+
+    Attributes:
+        names: training concepts that are drawn and captioned; 200 leave a share uncertain by up
+            to 7 points.
+        batches: of training documents under fresh noise, for the losses.
+        joint_steps: updates of the head that estimates what drawing positions independently
+            loses; 0 leaves that out.
+        seed: chooses the names and draws the noise.
+    """
+
+    names: int = field(default=200, metadata={"min": 2})
+    batches: int = field(default=20, metadata={"min": 1})
+    joint_steps: int = field(default=300, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A recipe of kind `sweep`.
+
+    Attributes:
+        name: what its table and plots are called; that of the file where it is left out.
+        model_recipe: name or file of the base; left out, only tokenisers are trained and measured.
+        tokenizer_recipe: the base of tokenisers; left out, the model recipe's own is used as it is.
+        tflops: training budget of a run, 1e12 floating point operations of forward and backward
+            passes; the number of updates follows from it.
+        seeds: of training; every variant is trained with each.
+    """
+
+    variants: tuple[Variant, ...]
+    name: str = ""
+    model_recipe: str | None = None
+    tokenizer_recipe: str | None = None
+    tflops: float = field(default=50.0, metadata={"min": 0.0})
+    seeds: tuple[int, ...] = (0,)
+    measures: Measures = field(default_factory=Measures)
+    kind: Literal["sweep"] = "sweep"
+
+
+def load(path: Path) -> Sweep:
+    """Reads a sweep and resolves every variant, so that a mistake shows before hours are spent.
+
+    Raises:
+        RecipeError: the file, a base recipe or an override is wrong; it names the variant.
+    """
+    sweep = recipe.load(Sweep, path)
+    sweep = replace(sweep, name=sweep.name or path.stem)
+    names = [variant.name for variant in sweep.variants]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise RecipeError(f"{path}: variant {name!r}: a name has a-z, 0-9, '_', '.' and '-'")
+        if names.count(name) > 1:
+            raise RecipeError(f"{path}: variant {name!r} comes twice: give each its own name")
+    if not names or not sweep.seeds or not (sweep.model_recipe or sweep.tokenizer_recipe):
+        raise RecipeError(f"{path}: a sweep needs variants, seeds, and a base recipe")
+    for variant in sweep.variants:
+        try:
+            _check(sweep, variant)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: variant {variant.name}: {error}") from None
+    return sweep
+
+
+def _check(sweep: Sweep, variant: Variant) -> None:
+    if variant.tokenizer and not sweep.tokenizer_recipe:
+        raise RecipeError("it overrides the tokeniser: set tokenizer_recipe")
+    if (variant.model or variant.sampling) and not sweep.model_recipe:
+        raise RecipeError("it overrides the model: set model_recipe")
+    if sweep.tokenizer_recipe:
+        tokenizer_recipe(sweep, variant)
+    if sweep.model_recipe:
+        model_recipe(sweep, variant, steps=1, seed=0)
+        sampling(sweep, variant)
+
+
+def tokenizer_recipe(sweep: Sweep, variant: Variant) -> ImageTokenizerRecipe:
+    """The recipe of the variant's image tokeniser."""
+    assert sweep.tokenizer_recipe is not None
+    path = shipped.resolve("recipes", sweep.tokenizer_recipe)
+    return recipe.load(ImageTokenizerRecipe, path, variant.tokenizer)
+
+
+def model_recipe(
+    sweep: Sweep, variant: Variant, steps: int, seed: int, images: Path | None = None
+) -> ModelRecipe:
+    """The recipe of the variant's run; `images` is the folder of its own image tokeniser."""
+    assert sweep.model_recipe is not None
+    path = shipped.resolve("recipes", sweep.model_recipe)
+    loaded = recipe.load(ModelRecipe, path, variant.model)
+    tokenizers = loaded.tokenizers
+    if images:
+        tokenizers = replace(tokenizers, image=str(images))
+    training = replace(loaded.train, steps=steps, seed=seed)
+    return replace(loaded, train=training, tokenizers=tokenizers)
+
+
+def sampling(sweep: Sweep, variant: Variant) -> Guided:
+    """How the variant draws: the base recipe's way, overridden."""
+    assert sweep.model_recipe is not None
+    path = shipped.resolve("recipes", sweep.model_recipe)
+    mapping = recipe.read(path, [f"sampling.{override}" for override in variant.sampling])
+    return recipe.from_dict(Guided, mapping.get("sampling") or {}, f"{path}: sampling")
+
+
+def tokenizer_owner(sweep: Sweep, variant: Variant) -> str:
+    """The first variant with the same tokeniser, whose name the tokeniser bears."""
+    return next(v.name for v in sweep.variants if v.tokenizer == variant.tokenizer)
+
+
+def weights_owner(sweep: Sweep, variant: Variant) -> str:
+    """The first variant with the same tokeniser and model, whose name the run bears."""
+    wanted = (variant.tokenizer, variant.model)
+    return next(v.name for v in sweep.variants if (v.tokenizer, v.model) == wanted)

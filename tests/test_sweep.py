@@ -1,0 +1,233 @@
+"""Sweeps on tiny fixtures: what is trained, shared, resumed and refused."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from mmrdpm import recipe, shipped
+from mmrdpm.cli import main
+from mmrdpm.errors import CheckpointError, RecipeError, UsageError
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.sweep import information, measure, spec
+from mmrdpm.sweep.records import Records
+from mmrdpm.sweep.report import results_table
+from mmrdpm.sweep.run import count_flops, run_sweep
+from mmrdpm.train_model import ModelRecipe
+
+SWEEPS = sorted(shipped.folder("recipes").glob("ablations/*.yaml"))
+
+
+class Features:
+    """Stands in for the network: the picture at 4x4 pixels."""
+
+    def __call__(self, pictures):
+        small = [torch.tensor(list(p.resize((4, 4)).tobytes())).float() for p in pictures]
+        return torch.stack(small) / 255
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    monkeypatch.setattr(measure, "EfficientNetLite0", Features)
+
+
+@pytest.fixture
+def tiny_sweep(tiny_recipe, tiny_tokenizers, tmp_path):
+    """Writes the file of a sweep on the tiny fixtures, with changes."""
+    shape = image_tokenizer.load(tiny_tokenizers / "image").config
+    base = {
+        "kind": "image",
+        "tokenizer": recipe.to_dict(shape),
+        "train": {
+            "steps": 3,
+            "decoder_share": 0,
+            "codebook_batch": 32,
+            "threads": 1,
+            "autoencoder_from": str(tiny_tokenizers / "image"),
+        },
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(**changes):
+        mapping = {
+            "kind": "sweep",
+            "model_recipe": str(tiny_recipe),
+            "tokenizer_recipe": str(tmp_path / "base.yaml"),
+            "tflops": 2e-4,
+            "measures": {"names": 2, "batches": 1, "joint_steps": 1},
+            "variants": [
+                {"name": "base"},
+                {"name": "guided", "sampling": ["guidance_scale=2", "guidance_schedule=rising"]},
+                {"name": "eta", "tokenizer": ["tokenizer.trajectory=ancestral"]},
+            ],
+        }
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(mapping | changes))
+        return path
+
+    return write
+
+
+def silent(line):
+    pass
+
+
+def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
+    cheap, tiny_sweep, tmp_path, capsys
+):
+    path, out = tiny_sweep(), tmp_path / "out"
+    assert main(["sweep", str(path), "--out", str(out), "--only", "base"]) == 0
+    assert len(Records(out / "results.jsonl").all()) == 1
+    assert main(["sweep", str(path), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(out / "tiny.md")
+    rows = Records(out / "results.jsonl").all()
+    assert [row["variant"] for row in rows] == ["base", "guided", "eta"]
+    assert sorted(p.name for p in (out / "runs").iterdir()) == ["base-seed0", "eta-seed0"]
+    assert sorted(p.name for p in (out / "tokenizers").iterdir()) == ["base", "eta"]
+    base, guided, _ = rows
+    assert base["loss_steps"] == guided["loss_steps"]  # the same weights
+    assert base["steps"] == max(1, round(2e-4 / base["tflops_per_step"])) > 1
+    assert base["information"] == pytest.approx(4 * sum(base["loss_steps"]))
+    assert base["seconds"] > 0 and guided["seconds"] is None
+    table = (out / "tiny.md").read_text()
+    assert table.count("\n| base |") == 2 and table.count("\n| guided |") == 1
+    for plot in ("quality", "steps", "tokenizers"):
+        assert (out / f"tiny-{plot}.svg").read_text().startswith("<?xml")
+
+    before = (out / "results.jsonl").read_bytes()
+    assert run_sweep(spec.load(path), out, None, silent)  # nothing is left to measure
+    assert (out / "results.jsonl").read_bytes() == before
+    with pytest.raises(CheckpointError, match=r"tflops=0\.0002, not 0\.5"):
+        run_sweep(spec.load(tiny_sweep(tflops=0.5)), out, None, silent)
+
+
+def test_a_stopped_sweep_goes_on(tiny_sweep, tmp_path):
+    """Real process, stopped by a signal inside a run: 130, and the run is kept."""
+    path, out = tiny_sweep(tflops=10.0), tmp_path / "out"
+    command = [sys.executable, "-m", "mmrdpm", "sweep", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run, end = out / "runs" / "base-seed0", time.monotonic() + 120
+    while not list(run.glob("step-*.safetensors")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, messages = process.communicate(timeout=120)
+    assert (process.returncode, printed) == (130, "")
+    assert messages.splitlines()[-1] == "stopped; the same command goes on"
+    assert list(run.glob("step-*.safetensors")) and not (out / "results.jsonl").exists()
+
+
+def test_flops_are_those_of_the_products(tiny_recipe):
+    """Twice the width of the feed-forward adds its products: 6 per weight and token."""
+    base = recipe.load(ModelRecipe, tiny_recipe)
+    wider = recipe.load(ModelRecipe, tiny_recipe, ["model.ffn=96"])
+    (few, small), (many, large) = count_flops(base), count_flops(wider)
+    assert many - few == 6 * (large - small) * 2 * 96
+
+
+def test_records_survive_a_torn_line(tmp_path):
+    records = Records(tmp_path / "r.jsonl")
+    records.append({"a": 1})
+    with open(records.path, "a") as file:
+        file.write('{"a": 2, "b"')
+    assert records.all() == [{"a": 1}]
+    records.append({"a": 3})
+    assert [r["a"] for r in records.all()] == [1, 3] and records.find(a=3)
+    records.path.write_text("[\n")
+    with pytest.raises(CheckpointError, match=r"r\.jsonl:1: not a JSON object"):
+        records.all()
+
+
+def test_the_table_has_mean_and_spread_over_seeds():
+    rows = [{"variant": "a", "top10": share, "seconds": None} for share in (0.1, 0.3)]
+    first, _, line = results_table(["b", "a"], rows).splitlines()
+    assert first == "| variant | seeds | named in top 10 |"
+    assert line == "| a | 2 | 20.0% ± 14.1% |"
+
+
+def test_kernel_distance_worked_by_hand():
+    """F = 1, kernel (xy + 1)^3: x = 0, 0 and y = 1, 1: 1 + 8 - 2."""
+    x, y = torch.zeros(2, 1), torch.ones(3, 1)
+    assert measure.kernel_distance(x, y) == pytest.approx(7)
+    same = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    assert abs(measure.kernel_distance(same[:200], same[200:])) < 0.2
+
+
+def test_the_head_finds_what_positions_share():
+    """Four equal codes of 2: ln 2 each apart, ln 2 for all together."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def blocks():
+        while True:
+            codes = torch.randint(2, (64, 1), generator=generator).expand(64, 4).contiguous()
+            flat = torch.zeros(64, 4, 2)
+            yield information._Blocks(torch.zeros(64, 4, 8), flat, codes, torch.ones_like(codes))
+
+    head = information.JointHead(8, 4, 2)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _, lesson in zip(range(150), blocks(), strict=False):
+        seen = information._orders(lesson.codes.shape, generator, 0.25)
+        optimizer.zero_grad()
+        information._unseen_mean(head(lesson, seen), seen).mean().backward()
+        optimizer.step()
+    head.eval()
+    found = information._measure(head, (b for b, _ in zip(blocks(), range(20), strict=False)), 1, 0)
+    assert found.loss[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert found.marginal[0] == pytest.approx(math.log(2), abs=0.02)
+    assert found.joint[0] == pytest.approx(math.log(2) / 4, abs=0.05)
+
+
+def test_orders_see_every_number_of_codes_alike():
+    seen = information._orders(torch.Size((8000, 4)), torch.Generator().manual_seed(0))
+    share = torch.bincount(seen.sum(1), minlength=4) / 8000
+    torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.03, rtol=0)
+    nothing = information._orders(torch.Size((50, 4)), torch.Generator().manual_seed(0), 1.0)
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' comes twice"),
+        ({"variants": [{"name": "../a"}]}, "a name has a-z"),
+        ({"variants": []}, "needs variants"),
+        ({"variants": [{"name": "a", "model": ["model.histroy=true"]}]}, "variant a.*history"),
+        ({"variants": [{"name": "a", "sampling": ["guidance=1"]}]}, "variant a.*guidance"),
+        ({"variants": [{"name": "a", "tokenizer": ["tokenizer.eta=2"]}]}, "at most 1.0"),
+        ({"tokenizer_recipe": None, "variants": [{"name": "a", "tokenizer": ["x=1"]}]}, "set tok"),
+        ({"tflop": 3}, "did you mean tflops"),
+    ],
+)
+def test_mistakes_show_before_anything_is_trained(changes, says, tiny_sweep):
+    with pytest.raises(RecipeError, match=says):
+        spec.load(tiny_sweep(**changes))
+
+
+def test_an_unknown_variant_is_refused(tiny_sweep, tmp_path):
+    with pytest.raises(UsageError, match="no such variant: choose one of base, guided, eta"):
+        run_sweep(spec.load(tiny_sweep()), tmp_path / "out", None, silent, only="bsae")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_a_shipped_ablation_fits_its_schema(path):
+    header = path.read_text().split("kind:")[0]
+    assert f"recipes/ablations/{path.name}" in header and "Hardware:" in header
+    if recipe.read(path)["kind"] == "sweep":
+        sweep = spec.load(path)
+        for variant in sweep.variants:
+            if sweep.tokenizer_recipe:
+                loaded = spec.tokenizer_recipe(sweep, variant)
+                image_tokenizer.ImageTokenizer(loaded.tokenizer)  # its parts fit together
+
+
+def test_records_are_json_lines(tmp_path):
+    records = Records(tmp_path / "deep" / "r.jsonl")
+    records.append({"name": "é"})
+    assert json.loads(records.path.read_text()) == {"name": "é"}
