@@ -63,7 +63,7 @@ def test_an_image_is_the_same_to_the_bit_in_every_company_and_place(threads, gui
     (model, tokenizer), before = make_models(), torch.get_num_threads()
     how = Guided(guidance_scale=guidance_scale)
     captions = [(3,), (4, 5), (1, 2, 3), (6,) * 20]  # the last is padded to another length
-    requests = [Request(captions[0 if i < 20 else i % 4], i) for i in range(24)]
+    requests = [Request(captions[0 if i < 16 else i % 4], i) for i in range(20)]
 
     def states(some):
         return sample_images(model, tokenizer, VOCABULARY, some, how).unbind(1)
@@ -71,7 +71,7 @@ def test_an_image_is_the_same_to_the_bit_in_every_company_and_place(threads, gui
     torch.set_num_threads(threads)
     try:
         alone = [states([request])[0] for request in requests]
-        for some in (slice(0, 7), slice(3, 20), slice(0, 24), slice(23, None, -1)):
+        for some in (slice(0, 3), slice(0, 20), slice(19, None, -1)):
             for found, expected in zip(states(requests[some]), alone[some], strict=True):
                 assert torch.equal(found, expected)
     finally:
