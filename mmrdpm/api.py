@@ -24,7 +24,7 @@ from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.sampling.choose import Choice
-from mmrdpm.sampling.image import Guided, sample_image
+from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.sampling.text import sample_text, text_log_likelihood
 from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.transformer import Transformer, TransformerConfig
@@ -81,8 +81,10 @@ def _check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
 class Model:
     """A transformer with its tokenizers, ready to use.
 
-    Every picture and text is computed by itself, so that it depends on its own input and seed
-    alone, whatever else is in the batch.
+    Every picture and text depends on its own input and seed alone, to the last bit, whatever else
+    is in the batch. Pictures are drawn in groups, see `sampling.image`; captions are written one by
+    one: they end at different times, and one token at a time already runs near the speed at which
+    the weights can be read.
 
     Attributes:
         sampling: what `generate` uses where it is not told otherwise.
@@ -119,12 +121,15 @@ class Model:
         """
         if isinstance(prompts, str):
             raise UsageError("generate takes a list of prompts: put the text in [brackets]")
-        states = [self._states(p, seed + j, **how)[:1] for p in prompts for j in range(n)]
-        return to_pictures(self.images.decode_latents(torch.cat(states))) if states else []
+        if not prompts:
+            return []
+        drawn = [(prompt, seed + j) for prompt in prompts for j in range(n)]
+        return to_pictures(self.images.decode_latents(self._states(drawn, **how)[0]))
 
     def trace(self, prompt: str, seed: int = 0, **how: float) -> list[Image.Image]:
         """The picture after every step, from `x_T` (noise) to `x_0` (what `generate` gives)."""
-        return to_pictures(self.images.decode_latents(self._states(prompt, seed, **how).flip(0)))
+        states = self._states([(prompt, seed)], **how)[:, 0]
+        return to_pictures(self.images.decode_latents(states.flip(0)))
 
     def reconstruct(self, images: Sequence[Image.Image], seed: int = 0) -> list[Image.Image]:
         """What the image tokeniser leaves of pictures: through their codes and back."""
@@ -163,15 +168,14 @@ class Model:
         document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
         return text_log_likelihood(self.transformer, self._pack(document), len(ids))
 
-    def _states(self, prompt: str, seed: int, **how: float) -> Tensor:
+    def _states(self, drawn: Sequence[tuple[str, int]], **how: float) -> Tensor:
+        """The states of one image per prompt and seed, `[T + 1, B, *grid, C]`."""
         try:
             guided = replace(self.sampling, **how)  # type: ignore[arg-type]
         except TypeError as error:
             raise UsageError(f"generate: {error}") from None
-        caption = self._prompt(prompt)
-        return sample_image(
-            self.transformer, self.images, self.vocabulary, caption, _seed(seed), guided
-        )
+        requests = [Request(self._prompt(prompt), _seed(seed)) for prompt, seed in drawn]
+        return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
 
     def _continue(
         self, document: Document, max_tokens: int, choice: Choice | None = None, seed: int = 0

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from mmrdpm.attention import sdpa
 from mmrdpm.attention.layout import Layout
@@ -61,15 +62,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.shapes = (config.heads, config.kv_heads, config.kv_heads)
-        self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.width, sum(self.shapes) * self.head_dim, bias=False)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        all_heads = config.heads + 2 * config.kv_heads
+        self.qkv = nn.Linear(config.width, all_heads * config.head_dim, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.shapes, dim=-2)
-        q = rotate(rms_norm(q, (self.head_dim,)), rotation)
-        k = rotate(rms_norm(k, (self.head_dim,)), rotation)
+        heads, kv_heads = self.heads, self.kv_heads
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=-2)
+        q, k = rotate(rms_norm(qk, (self.head_dim,)), rotation).split((heads, kv_heads), dim=-2)
         return self.out(attend(q, k, v).flatten(-2))
 
 
@@ -135,17 +137,13 @@ class Transformer(nn.Module):
         width = (self.config.width,)
         layers = zip(self.attentions, self.feed_forwards, strict=True)
         for index, (attention, feed_forward) in enumerate(layers):
-
-            def attend_here(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
-                return attend(index, q, k, v)
-
-            x = x + attention(rms_norm(x, width), rotation, attend_here)
+            x = x + attention(rms_norm(x, width), rotation, partial(attend, index))
             x = x + feed_forward(rms_norm(x, width))
         return rms_norm(x, width)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[..., width]` -> scores of all token ids `[..., V]`."""
-        return hidden @ self.table.weight.T
+    def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
+        """Hidden states `[..., width]` -> scores of token ids `[..., V]`, or only of some."""
+        return linear(hidden, self.table.weight[ids])
 
 
 def rotations(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:

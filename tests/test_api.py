@@ -33,6 +33,15 @@ def test_a_picture_depends_on_prompt_and_seed_alone(model):
     assert model.generate([]) == []
 
 
+def test_pictures_are_the_same_files_whatever_the_batch_size(model):
+    prompts = [f"a cat {'and a dog ' * (i % 3)}" for i in range(20)]
+    prompts[:17] = ["red heart"] * 17  # enough of one length to fill a group
+    expected = [model.generate([prompt], seed=5)[0] for prompt in prompts]
+    for size in (2, 7, 20):
+        found = model.generate(prompts[-size:], seed=5)
+        assert all(same(a, b) for a, b in zip(found, expected[-size:], strict=True))
+
+
 def test_a_caption_depends_on_its_picture_alone(model):
     pictures = [picture(0), Image.new("L", (5, 5)), picture(1)]
     together = model.caption(pictures)

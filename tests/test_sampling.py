@@ -6,7 +6,7 @@ from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling.choose import Choice, choose, keep
-from mmrdpm.sampling.image import Guided, guidance_at, sample_image
+from mmrdpm.sampling.image import Guided, Request, Sampler, guidance_at, sample_images
 from mmrdpm.sampling.text import sample_text
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
@@ -27,10 +27,16 @@ def make_models(**variant):
     return model, tokenizer
 
 
+def draw(caption, seed, **how):
+    model, tokenizer = make_models()
+    requests = [Request(caption, seed)]
+    return sample_images(model, tokenizer, VOCABULARY, requests, Guided(**how))[:, 0]
+
+
 def test_greedy_drawing_equals_a_whole_forward_pass_at_every_step():
     model, tokenizer = make_models()
     v, caption = VOCABULARY, (3, 4, 5)
-    states = sample_image(model, tokenizer, v, caption, 7, Guided(0.0, guidance_scale=1.0))
+    states = draw(caption, 7, temperature=0.0, guidance_scale=1.0)
     codes = torch.zeros(3, 2, 2, dtype=torch.int64)
     for timestep in (3, 2, 1):
         image = ImageSegment(codes, states, (timestep,))
@@ -47,7 +53,8 @@ def test_greedy_drawing_equals_a_whole_forward_pass_at_every_step():
 def test_drawing_with_history_equals_a_forward_pass_over_all_steps():
     model, tokenizer = make_models(history=True)
     v, caption = VOCABULARY, (3, 4, 5)
-    states = sample_image(model, tokenizer, v, caption, 7, Guided(0.0, guidance_scale=1.0))
+    how = Guided(0.0, guidance_scale=1.0)
+    states = sample_images(model, tokenizer, v, [Request(caption, 7)], how)[:, 0]
     image = ImageSegment(torch.zeros(3, 2, 2, dtype=torch.int64), states, (3, 2, 1))
     row = pack([[[TextSegment((v.bos, *caption, v.image_start)), image]]], 17, v, 4)
     codes = model.logits(model(row))[0, -12:, v.code_offset :].argmax(-1).view(3, 2, 2)
@@ -59,7 +66,7 @@ def test_drawing_with_history_equals_a_forward_pass_over_all_steps():
 def test_only_codes_that_a_step_has_are_drawn():
     model, tokenizer = make_models()
     tokenizer.codebook.sizes = (8, 8, 1)
-    states = sample_image(model, tokenizer, VOCABULARY, (3,), 1, Guided())
+    states = sample_images(model, tokenizer, VOCABULARY, [Request((3,), 1)], Guided())[:, 0]
     only = tokenizer.codebook.lookup(torch.zeros(2, 2, dtype=torch.int64), 3)
     torch.testing.assert_close(states[2], states[3] + only)
 
@@ -75,16 +82,69 @@ def test_guidance_schedules_worked_by_hand():
 
 
 def test_seeds_and_guidance_change_the_image_and_nothing_else_does():
-    model, tokenizer = make_models()
-
-    def draw(seed, **how):
-        return sample_image(model, tokenizer, VOCABULARY, (3,), seed, Guided(**how))
-
-    first = draw(1)
+    first = draw((3,), 1)
     torch.randn(5)  # the global random state plays no part
-    assert torch.equal(first, draw(1))
-    assert not torch.equal(first, draw(2))
-    assert not torch.equal(first, draw(1, guidance_scale=9.0))
+    assert torch.equal(first, draw((3,), 1))
+    assert not torch.equal(first, draw((3,), 2))
+    assert not torch.equal(first, draw((3,), 1, guidance_scale=9.0))
+
+
+@pytest.mark.parametrize(("threads", "guidance_scale"), [(1, 2.0), (2, 2.0), (1, 1.0)])
+def test_an_image_is_the_same_to_the_bit_in_every_company_and_place(threads, guidance_scale):
+    (model, tokenizer), before = make_models(), torch.get_num_threads()
+    how = Guided(guidance_scale=guidance_scale)
+    captions = [(3,), (4, 5), (1, 2, 3), (6,) * 20]  # the last is padded to another length
+    requests = [Request(captions[0 if i < 16 else i % 4], i) for i in range(20)]
+
+    def states(some):
+        return sample_images(model, tokenizer, VOCABULARY, some, how).unbind(1)
+
+    torch.set_num_threads(threads)
+    try:
+        alone = [states([request])[0] for request in requests]
+        for some in (slice(0, 3), slice(0, 20), slice(19, None, -1)):
+            for found, expected in zip(states(requests[some]), alone[some], strict=True):
+                assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_images_are_grouped_by_padded_length_and_only_where_bits_agree(monkeypatch):
+    model, tokenizer = make_models()
+    sampler = Sampler(model, tokenizer, VOCABULARY, Guided())
+    requests = [Request((1,) * (20 if i % 2 else 2), i) for i in range(40)]
+    groups = sampler.groups(requests)
+    assert sorted(i for group in groups for i in group) == list(range(40))
+    assert [len(group) for group in groups] == [16, 16] + [1] * 8
+    assert all(len({i % 2 for i in group}) == 1 for group in groups)
+    monkeypatch.setattr(Sampler, "bits_are_the_same_alone", lambda *_: False)
+    assert sampler.groups(requests) == [[i] for i in range(40)]
+
+
+def test_bits_that_depend_on_the_company_are_noticed(monkeypatch):
+    model, tokenizer = make_models()
+    sampler = Sampler(model, tokenizer, VOCABULARY, Guided())
+    group = [Request((1, 2), seed) for seed in range(3)]
+    assert sampler.bits_are_the_same_alone(group)
+    honest = model.logits
+
+    def rounded_by_shape(hidden, ids):
+        logits = honest(hidden, ids)
+        logits[-1, 0, 0] += 1e-6 * (len(logits) > 2)
+        return logits
+
+    monkeypatch.setattr(model, "logits", rounded_by_shape)
+    assert not sampler.bits_are_the_same_alone(group)
+
+
+def test_ids_that_top_k_drops_are_never_drawn():
+    logits = torch.zeros(2, 500, 6)
+    logits[..., 4:] = 3.0
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    drawn = choose(logits, Choice(top_k=2), generators)
+    assert drawn.shape == (2, 500) and set(drawn.flatten().tolist()) == {4, 5}
+    again = choose(logits[1:], Choice(top_k=2), [torch.Generator().manual_seed(1)])
+    assert torch.equal(drawn[1:], again)
 
 
 def test_cached_text_equals_reading_everything_anew():
@@ -113,12 +173,12 @@ def test_top_k_and_top_p_keep_what_they_should():
 
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(20_000, 3)
-    draws = choose(logits, Choice(), torch.Generator().manual_seed(0))
+    (draws,) = choose(logits[None], Choice(), [torch.Generator().manual_seed(0)])
     share = torch.bincount(draws, minlength=3) / 20_000
     torch.testing.assert_close(share, torch.tensor([0.7, 0.2, 0.1]), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
 def test_numbers_out_of_range_are_refused(wrong):
-    with pytest.raises(UsageError, match="must be at least"):
+    with pytest.raises(UsageError, match="0 or more"):
         Choice(**wrong)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from mmrdpm import machine
+from mmrdpm.bench.measure import machine_facts, matrix_product, ratio, timed
+from mmrdpm.bench.plot import chart, page
+from mmrdpm.bench.sample import stack_weights
+from mmrdpm.objective import Losses
 from mmrdpm.train_model import ModelRecipe, Trainer
 
-T = TypeVar("T")
-
-_SIDE = 2048  # of the square matrices
 _UPDATES = 5  # per round
 
 
-def bench_train(recipe: ModelRecipe, rounds: int) -> Iterator[str]:
-    """Alternates updates with matrix products, and yields lines of medians over the rounds.
+def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
+    """Alternates updates with matrix products.
 
     An update counts as 6 floating point operations per weight and token that it multiplies (2
     forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361, table 1), the weights of the
@@ -31,50 +32,90 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> Iterator[str]:
     machine.prepare(recipe.train.threads)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(recipe, Path(folder))
-        yield trainer.describe()
-        trainer.update()  # the first one also plans kernels and fills the memory pool
-        matrix_product = _matrix_product(trainer.dtype, trainer.device)
-        matrix_product()
-        rates, roofs, speeds = [], [], []
-        for _ in range(rounds):
-            roofs.append(2 * _SIDE**3 / _timed(matrix_product)[0])
-            seconds, updates = _timed(lambda: [trainer.update() for _ in range(_UPDATES)])
-            tokens = sum(figures["tokens"] for _, figures in updates)
-            targets = sum(len(losses.per_token) for losses, _ in updates)
-            rates.append(6 * _multiplied(trainer, tokens, targets) / seconds)
-            speeds.append(tokens / seconds)
-    dtype = str(trainer.dtype).removeprefix("torch.")
-    rate, roof = statistics.median(rates), statistics.median(roofs)
-    share = statistics.median(r / m for r, m in zip(rates, roofs, strict=True))
-    yield f"tokens per second      {statistics.median(speeds):,.0f} (padding left out)"
-    yield f"training               {rate / 1e9:,.0f} GFLOP/s"
-    yield f"matrix product         {roof / 1e9:,.0f} GFLOP/s ({dtype}, {_SIDE}^3)"
-    threads = torch.get_num_threads()
-    yield f"share                  {share:.1%} (medians of {rounds} rounds, {threads} threads)"
+    clock = _Clock(trainer)
+    trainer.update()  # the first one also plans kernels and fills the memory pool
+    product, operations = matrix_product(trainer.dtype, trainer.device)
+    product()
+    measured: list[dict[str, float]] = []
+    for _ in range(rounds):
+        roof = operations / timed(product)
+        clock.optimizer = 0.0
+        updates: list[tuple[Losses, dict[str, float]]] = []
+        seconds = timed(lambda: updates.extend(trainer.update() for _ in range(_UPDATES)))  # noqa: B023
+        tokens = sum(figures["tokens"] for _, figures in updates)
+        targets = sum(len(losses.per_token) for losses, _ in updates)
+        measured.append(
+            {
+                "matrix_flops_per_second": roof,
+                "flops_per_second": 6 * _multiplied(trainer, tokens, targets) / seconds,
+                "tokens_per_second": tokens / seconds,
+                "optimizer_share": clock.optimizer / seconds,
+            }
+        )
+    columns = {key: [row[key] for row in measured] for key in measured[0]}
+    return {
+        "machine": machine_facts(trainer.dtype, trainer.device),
+        "run": trainer.describe(),
+        **{key: statistics.median(column) for key, column in columns.items()},
+        "share": ratio(columns["flops_per_second"], columns["matrix_flops_per_second"]),
+        "peak_bytes": _peak_bytes(trainer.device),
+        "all_rounds": columns,
+    }
+
+
+def lines(figures: dict[str, Any]) -> list[str]:
+    """The figures to read."""
+    facts, rounds = figures["machine"], len(figures["all_rounds"]["tokens_per_second"])
+    return [
+        f"{facts['device']}, torch {facts['torch']}; {figures['run']}",
+        f"tokens per second      {figures['tokens_per_second']:,.0f} (padding left out)",
+        f"training               {figures['flops_per_second'] / 1e9:,.0f} GFLOP/s",
+        f"matrix product         {figures['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        f" ({facts['dtype']})",
+        f"share                  {figures['share']:.1%} (medians of {rounds} rounds,"
+        f" {facts['threads']} threads)",
+        f"optimiser              {figures['optimizer_share']:.1%} of the time",
+        f"peak memory            {figures['peak_bytes'] / 2**20:,.0f} MiB",
+    ]
+
+
+def plot(figures: dict[str, Any]) -> str:
+    """Training and the matrix product in every round, as SVG."""
+    columns = figures["all_rounds"]
+    series = {
+        name: [(i + 1, value) for i, value in enumerate(columns[key])]
+        for name, key in (
+            ("matrix product", "matrix_flops_per_second"),
+            ("training", "flops_per_second"),
+        )
+    }
+    return page([chart("operations per second", "round", "FLOP/s", series)])
+
+
+class _Clock:
+    """Adds up the seconds of the trainer's optimiser."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.optimizer = 0.0
+        step = trainer.optimizers.step
+
+        def timed_step(lr: float) -> float:
+            norms: list[float] = []
+            self.optimizer += timed(lambda: norms.append(step(lr)))
+            return norms[0]
+
+        trainer.optimizers.step = timed_step  # type: ignore[method-assign]
 
 
 def _multiplied(trainer: Trainer, tokens: float, targets: float) -> float:
     """Weights times the tokens that pass through them."""
     model = trainer.transformer
-    stack = sum(
-        p.numel() for part in (model.attentions, model.feed_forwards) for p in part.parameters()
-    )
-    return stack * tokens + model.table.weight.numel() * targets
+    return stack_weights(model) * tokens + model.table.weight.numel() * targets
 
 
-def _matrix_product(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    a, b = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
-    return lambda: a @ b
-
-
-def _timed(work: Callable[[], T]) -> tuple[float, T]:
-    _finish()
-    begun = time.perf_counter()
-    result = work()
-    _finish()
-    return time.perf_counter() - begun, result
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _peak_bytes(device: torch.device) -> int:
+    """The most memory so far: the device's on a GPU, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

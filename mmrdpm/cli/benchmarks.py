@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from mmrdpm import recipe
-from mmrdpm.bench.train import bench_train
-from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
+from mmrdpm import api, recipe
+from mmrdpm.bench import attention, sample, train
+from mmrdpm.bench.measure import write_json
+from mmrdpm.cli.common import (
+    Commands,
+    command,
+    count,
+    group,
+    model_option,
+    recipe_file,
+    recipe_options,
+)
 from mmrdpm.train_model import ModelRecipe
 
 
@@ -15,11 +28,45 @@ def add(commands: Commands) -> None:
     of = group(commands, "bench", "Speed, side by side in one run.")
     p = command(of, bench_train_command, "train")
     recipe_options(p)
-    p.add_argument("--rounds", type=count, default=5)
+    _measuring(p)
+    p = command(of, bench_sample_command, "sample")
+    model_option(p)
+    p.add_argument("--threads", type=count, default=2, help="of the CPU")
+    _measuring(p)
+    p = command(of, bench_attention_command, "attention")
+    p.add_argument("--threads", type=count, default=2, help="of the CPU")
+    _measuring(p)
 
 
 def bench_train_command(options: argparse.Namespace) -> None:
     """Training speed beside the machine's own matrix product."""
     loaded = recipe.load(ModelRecipe, recipe_file(options.recipe, ("model",)), options.overrides)
-    for line in bench_train(loaded, options.rounds):
-        print(line)
+    _show(train, train.bench_train(loaded, options.rounds), options)
+
+
+def bench_sample_command(options: argparse.Namespace) -> None:
+    """Speed of drawing and writing beside the machine's own limits, and how it grows."""
+    model = api.load(options.model)
+    _show(sample, sample.bench_sample(model, options.threads, options.rounds), options)
+
+
+def bench_attention_command(options: argparse.Namespace) -> None:
+    """The attention backends side by side over row lengths and packings."""
+    _show(attention, attention.bench_attention(options.threads, options.rounds), options)
+
+
+def _measuring(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--rounds", type=count, default=5, help="repeats; medians are shown")
+    to.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
+    to.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw them")
+
+
+def _show(bench: ModuleType, figures: dict[str, Any], options: argparse.Namespace) -> None:
+    print(*bench.lines(figures), sep="\n")
+    if options.json:
+        write_json(options.json, figures)
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        options.plot.write_text(bench.plot(figures), encoding="utf-8")
+    for path in filter(None, (options.json, options.plot)):
+        print(f"written: {path}", file=sys.stderr)

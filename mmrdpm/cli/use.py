@@ -48,7 +48,11 @@ def generate(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None
     }
     jobs = [(p, options.seed + j) for p in options.prompts for j in range(options.n)]
-    pictures = [model.trace(prompt, seed, **how) for prompt, seed in jobs]
+    if options.trace:
+        pictures = [model.trace(prompt, seed, **how) for prompt, seed in jobs]
+    else:
+        drawn = model.generate(options.prompts, options.seed, options.n, **how)
+        pictures = [[picture] for picture in drawn]
     paths = _paths(options.out, [f"{_slug(prompt)}-{seed}" for prompt, seed in jobs])
     for path, states in zip(paths, pictures, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Keys and values of a context that has been read, one prefix for all that follows it."""
+"""Keys and values of contexts that have been read, and attention of what follows to them."""
 
 from __future__ import annotations
 
@@ -11,42 +11,51 @@ from mmrdpm.transformer import Transformer
 
 
 class Cache:
-    """The keys and values per layer, each `[1, K, G, D]`; one document, no padding."""
+    """The keys and values of `R` contexts of at most `K` tokens, one a row, padded at the end.
 
-    def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+    All memory is taken once, with room for the tokens that follow.
+
+    Attributes:
+        length: tokens held per row, padding included; what comes next goes behind them. Raise it
+            to keep a block that `attend` has seen, leave it to have the next one overwrite it.
+        hidden: float `[R, K, width]`, the hidden states of the contexts.
+    """
 
     @torch.no_grad()
-    def read(self, model: Transformer, context: Packed) -> Tensor:
-        """Reads a whole context of one row; gives its hidden states `[1, K, width]`."""
+    def __init__(self, model: Transformer, context: Packed, room: int) -> None:
+        config = model.config
+        rows, length = context.token_ids.shape
+        capacity, self.length = length + room, 0
+        shape = (config.layers, rows, capacity, config.kv_heads, config.head_dim)
+        self._keys, self._values = (model.table.weight.new_empty(shape) for _ in range(2))
+        padding = context.layout.document_ids < 0
+        self._bias: Tensor | None = None
+        if padding.any():
+            self._bias = self._keys.new_zeros(rows, 1, 1, capacity)
+            self._bias[:, 0, 0, :length].masked_fill_(padding, -torch.inf)
         inside = sdpa.plan(context.layout)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys.append(k)
-            self.values.append(v)
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._put(layer, k, v)
             return inside(q, k, v)
 
         x = model.embed(context.token_ids, context.latents, context.timesteps)
-        return model.run(x, context.positions, attend)
+        self.hidden = model.run(x, context.positions, read)
+        self.length = length
 
-    @torch.no_grad()
-    def look(self, model: Transformer, x: Tensor, positions: Tensor) -> Tensor:
-        """A block that sees the context and, both ways, itself; the cache stays as it is."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A block behind the context sees all of it and, both ways, itself.
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = torch.cat([self.keys[layer], k], dim=1)
-            return sdpa.masked(q, keys, torch.cat([self.values[layer], v], dim=1), None)
+        Args:
+            q, k, v: `[R, S, H, D]`, `[R, S, G, D]`, as the model gives them.
+        """
+        end = self._put(layer, k, v)
+        bias = None if self._bias is None else self._bias[..., :end]
+        return sdpa.masked(q, self._keys[layer, :, :end], self._values[layer, :, :end], bias)
 
-        return model.run(x, positions, attend)
-
-    @torch.no_grad()
-    def extend(self, model: Transformer, x: Tensor, positions: Tensor) -> Tensor:
-        """A text token, or a block that sees itself both ways, which the context then holds."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer] = torch.cat([self.keys[layer], k], dim=1)
-            self.values[layer] = torch.cat([self.values[layer], v], dim=1)
-            return sdpa.masked(q, self.keys[layer], self.values[layer], None)
-
-        return model.run(x, positions, attend)
+    def _put(self, layer: int, k: Tensor, v: Tensor) -> int:
+        """Keeps what a block brings behind the context; gives the place after it."""
+        end = self.length + k.shape[1]
+        self._keys[layer, :, self.length : end] = k
+        self._values[layer, :, self.length : end] = v
+        return end

@@ -1,7 +1,9 @@
-"""Drawing one id from logits: temperature, top-k, top-p, and Gumbel noise from a generator."""
+"""Drawing ids from logits: temperature, top-k, top-p, and a generator for each row."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,28 +27,32 @@ class Choice:
     top_p: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UsageError(
-                f"temperature {self.temperature} and top-k {self.top_k} must be at least 0, top-p"
-                f" {self.top_p} above 0 and at most 1"
+                f"temperature {self.temperature} and top-k {self.top_k} must be numbers, 0 or more,"
+                f" top-p {self.top_p} above 0 and at most 1"
             )
 
 
-def choose(logits: Tensor, choice: Choice, generator: torch.Generator) -> Tensor:
+def choose(logits: Tensor, choice: Choice, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws from `softmax(logits / temperature)` over what top-k and top-p keep.
 
     Args:
-        logits: float `[..., V]`.
+        logits: float `[R, ..., V]`.
+        generators: one per row, on the CPU, so that a row's draws depend on nothing else.
 
     Returns:
-        int64 `[...]`.
+        int64 `[R, ...]`.
     """
     if choice.temperature == 0:
         return logits.argmax(-1)
     kept = keep(logits.double() / choice.temperature, choice.top_k, choice.top_p)
-    # Gumbel-max: argmax(logits + g) is a sample of softmax(logits), whatever the batch
-    uniform = torch.rand(kept.shape, generator=generator, dtype=torch.float64).to(kept.device)
-    return (kept - torch.log(-torch.log(uniform.clamp(min=1e-300)))).argmax(-1)
+    reached = kept.softmax(-1).cumsum(-1)
+    shape = (*logits.shape[1:-1], 1)
+    uniform = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
+    drawn = torch.stack(uniform).to(logits.device) * reached[..., -1:]
+    # the first id whose cumulative probability is above the draw: never one that was dropped
+    return torch.searchsorted(reached, drawn, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 
 
 def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:

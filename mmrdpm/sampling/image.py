@@ -1,7 +1,15 @@
-"""Draws an image from noise: T forward passes, all positions of a step at once."""
+"""Draws images from noise: T forward passes, all positions of a step at once.
+
+The same request gives the same image, to the last bit, whatever its company. Rounding may depend
+on the shapes of a product, so images are computed in groups of fixed size with prompts padded to
+fixed lengths. A GPU always computes full groups. A CPU computes what does not fill a group alone,
+and uses groups only where it is seen to give every image of a group the very bits it has alone.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,11 +17,15 @@ import torch
 from torch import Tensor
 
 from mmrdpm.document import TextSegment, grid_positions, pack
+from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.sampling.cache import Cache
 from mmrdpm.sampling.choose import Choice, choose
 from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
+
+_GROUP = {"cpu": 64, "cuda": 2048}  # image positions in a group, about, by device
+_PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,13 @@ class Guided(Choice):
     guidance_scale: float = field(default=3.0, metadata={"min": 0.0})
     guidance_schedule: Literal["constant", "rising", "falling"] = "constant"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UsageError(
+                f"guidance scale {self.guidance_scale}: it must be a number, 0 or more"
+            )
+
 
 def guidance_at(how: Guided, timestep: int, num_timesteps: int) -> float:
     """The guidance scale of timestep T..1, T the first that is drawn."""
@@ -38,69 +57,130 @@ def guidance_at(how: Guided, timestep: int, num_timesteps: int) -> float:
     return 1 + (how.guidance_scale - 1) * share
 
 
-@torch.no_grad()
-def sample_image(
+@dataclass(frozen=True)
+class Request:
+    """One image to draw: the token ids of its caption, and the seed of its noise and draws."""
+
+    caption: tuple[int, ...]
+    seed: int
+
+
+@torch.inference_mode()
+def sample_images(
     model: Transformer,
     tokenizer: ImageTokenizer,
     vocabulary: Vocabulary,
-    caption: tuple[int, ...],
-    seed: int,
+    requests: Sequence[Request],
     how: Guided,
 ) -> Tensor:
-    """One image for the token ids of a caption.
-
-    Each image is computed by itself, so that it depends on caption and seed alone.
+    """One image per request.
 
     Returns:
-        Every state, float32 `[T + 1, *grid, C]`, row 0 the image's latent.
+        Every state, float32 `[T + 1, B, *grid, C]`, row 0 the images' latents.
     """
-    cond = _prompt(model, tokenizer, vocabulary, caption)
-    uncond = _prompt(model, tokenizer, vocabulary, ()) if how.guidance_scale != 1 else None
-    generator = torch.Generator().manual_seed(seed)
-    start = tokenizer.trajectory.start(tokenizer.noise([seed]))[0]
-    states = [start]
-    for timestep in range(tokenizer.num_timesteps, 0, -1):
-        logits = _code_logits(model, vocabulary, cond, states[-1], start, timestep)
-        if uncond:
-            without = _code_logits(model, vocabulary, uncond, states[-1], start, timestep)
-            scale = guidance_at(how, timestep, tokenizer.num_timesteps)
-            logits = without + scale * (logits - without)
-        logits = logits[:, : tokenizer.codebook.sizes[timestep - 1]]
-        code_indices = choose(logits, how, generator).reshape(tokenizer.grid)
-        states.append(states[-1] + tokenizer.codebook.lookup(code_indices, timestep))
-    return torch.stack(states[::-1])
+    states: dict[int, Tensor] = {}
+    sampler = Sampler(model, tokenizer, vocabulary, how)
+    for group in sampler.groups(requests):
+        drawn = sampler.draw([requests[i] for i in group])
+        states |= dict(zip(group, drawn.unbind(1), strict=True))
+    return torch.stack([states[i] for i in range(len(requests))], dim=1)
 
 
-def _prompt(
-    model: Transformer,
-    tokenizer: ImageTokenizer,
-    vocabulary: Vocabulary,
-    caption: tuple[int, ...],
-) -> tuple[Cache, int]:
-    """The text before the image, read once, and the slot of the image."""
-    prefix = (vocabulary.bos, *caption, vocabulary.image_start)
-    rank = len(tokenizer.grid)
-    rows = [[[TextSegment(prefix)]]]
-    cache = Cache()
-    packed = pack(rows, len(prefix), vocabulary, tokenizer.latent_channels, rank)
-    cache.read(model, packed.to(tokenizer.codebook.codes.device))
-    return cache, len(prefix)
+@dataclass(frozen=True)
+class Sampler:
+    """Draws groups of images whose prompts have one padded length."""
+
+    model: Transformer
+    tokenizer: ImageTokenizer
+    vocabulary: Vocabulary
+    how: Guided
+
+    def draw(self, group: Sequence[Request]) -> Tensor:
+        """The states of a group's images, `[T + 1, G, *grid, C]`."""
+        prompts = self._read(group)
+        generators = [torch.Generator().manual_seed(request.seed) for request in group]
+        start = self._start(group)
+        states = [start]
+        for timestep in range(self.tokenizer.num_timesteps, 0, -1):
+            logits = self._code_logits(prompts, states[-1], start, timestep)
+            logits = logits[..., : self.tokenizer.codebook.sizes[timestep - 1]]
+            code_indices = choose(logits, self.how, generators).view(start.shape[:-1])
+            states.append(states[-1] + self.tokenizer.codebook.lookup(code_indices, timestep))
+        return torch.stack(states[::-1])
+
+    def groups(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of requests, a group a list; one that is not full repeats its last request."""
+        device = self.model.table.weight.device.type
+        size = max(1, _GROUP[device] // math.prod(self.tokenizer.grid))
+        alike: dict[int, list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault(_padded_length(request), []).append(i)
+        full = [a[i : i + size] for a in alike.values() for i in range(0, len(a), size)]
+        if device != "cpu":
+            return [group + group[-1:] * (size - len(group)) for group in full]
+        bulk = [group for group in full if len(group) == size]
+        if bulk and not self.bits_are_the_same_alone([requests[i] for i in bulk[0]]):
+            bulk = []
+        done = {i for group in bulk for i in group}
+        return bulk + [[i] for i in range(len(requests)) if i not in done]
+
+    @torch.no_grad()
+    def bits_are_the_same_alone(self, group: Sequence[Request]) -> bool:
+        """Whether the first step of a group is, bit by bit, what its images give one by one.
+
+        The order of a sum does not depend on what is summed, so one step speaks for all.
+        """
+        parts = [group, *([request] for request in group)]
+        steps = self.tokenizer.num_timesteps
+        together, *alone = (
+            self._code_logits(self._read(part), self._start(part), self._start(part), steps)
+            for part in parts
+        )
+        return torch.equal(together, torch.cat(alone))
+
+    def _start(self, group: Sequence[Request]) -> Tensor:
+        noise = self.tokenizer.noise([request.seed for request in group])
+        return self.tokenizer.trajectory.start(noise)
+
+    def _read(self, group: Sequence[Request]) -> tuple[Cache, Tensor]:
+        """The texts before the images, read once, and the positions of the images.
+
+        With guidance the captions come first, then as many empty ones.
+        """
+        v, grid, device = self.vocabulary, self.tokenizer.grid, self.model.table.weight.device
+        captions = [request.caption for request in group]
+        if self.how.guidance_scale != 1:
+            captions += [()] * len(group)
+        prefixes = [(v.bos, *caption, v.image_start) for caption in captions]
+        rows = [[[TextSegment(prefix)]] for prefix in prefixes]
+        length, channels = _padded_length(group[0]), self.tokenizer.latent_channels
+        packed = pack(rows, length, v, channels, len(grid)).to(device)
+        positions = torch.stack([grid_positions(grid, len(prefix)) for prefix in prefixes])
+        blocks = self.tokenizer.num_timesteps if self.model.config.history else 1
+        return Cache(self.model, packed, blocks * math.prod(grid)), positions.to(device)
+
+    def _code_logits(
+        self, prompts: tuple[Cache, Tensor], state: Tensor, start: Tensor, timestep: int
+    ) -> Tensor:
+        """Guided scores of this step's codes at every position: `[G, N, K]`."""
+        (cache, positions), model = prompts, self.model
+        latents = torch.cat([state, start], dim=-1).flatten(1, -2)
+        guided = self.how.guidance_scale != 1
+        if guided:
+            latents = torch.cat([latents, latents])
+        timesteps = torch.full(latents.shape[:2], timestep, device=latents.device)
+        x = model.embed(torch.full_like(timesteps, self.vocabulary.pad), latents, timesteps)
+        hidden = model.run(x, positions, cache.attend)
+        if model.config.history:
+            cache.length += x.shape[1]
+        logits = model.logits(hidden, slice(self.vocabulary.code_offset, None))
+        if not guided:
+            return logits
+        cond, uncond = logits.chunk(2)
+        scale = guidance_at(self.how, timestep, self.tokenizer.num_timesteps)
+        return uncond + scale * (cond - uncond)
 
 
-def _code_logits(
-    model: Transformer,
-    vocabulary: Vocabulary,
-    prompt: tuple[Cache, int],
-    state: Tensor,
-    start: Tensor,
-    timestep: int,
-) -> Tensor:
-    """Scores of this step's codes at every position: `[N, K]`."""
-    cache, slot = prompt
-    latents = torch.cat([state, start], dim=-1).flatten(0, -2)[None]
-    timesteps = torch.full(latents.shape[:2], timestep, device=latents.device)
-    x = model.embed(torch.full_like(timesteps, vocabulary.pad), latents, timesteps)
-    positions = grid_positions(tuple(state.shape[:-1]), slot)[None].to(latents.device)
-    see = cache.extend if model.config.history else cache.look
-    hidden = see(model, x, positions)
-    return model.logits(hidden)[0, :, vocabulary.code_offset :]
+def _padded_length(request: Request) -> int:
+    """Tokens of a prompt, with its marks, up to a multiple."""
+    return math.ceil((len(request.caption) + 2) / _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE

@@ -11,7 +11,7 @@ from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample_text(
     model: Transformer,
     vocabulary: Vocabulary,
@@ -23,25 +23,26 @@ def sample_text(
     """Text ids that follow one unpadded row; ends at `<|eos|>` or after `max_tokens`."""
     choice = choice or Choice(temperature=0)
     generator = torch.Generator().manual_seed(seed)
-    cache, ids = Cache(), list[int]()
-    hidden = cache.read(model, context)[:, -1:]
-    position = context.positions[:, -1:].clone()
+    cache, ids = Cache(model, context, max_tokens), list[int]()
+    hidden, position = cache.hidden[:, -1:], context.positions[:, -1:].clone()
+    latents = torch.zeros_like(context.latents[:, -1:])
+    timesteps = torch.full_like(context.timesteps[:, -1:], TEXT_TIMESTEP)
+    possible = slice(vocabulary.eos + 1)  # neither other specials nor image codes are scored
     while len(ids) < max_tokens:
-        logits = model.logits(hidden)[0, 0].clone()
-        logits[vocabulary.eos + 1 :] = -torch.inf  # neither other specials nor image codes
-        logits[vocabulary.bos] = -torch.inf
-        token = choose(logits, choice, generator)
+        logits = model.logits(hidden, possible)[0]
+        logits[:, vocabulary.bos] = -torch.inf
+        token = choose(logits, choice, [generator])
         if token == vocabulary.eos:
             break
         ids.append(int(token))
         position[..., 0] += 1
-        timesteps = torch.full((1, 1), TEXT_TIMESTEP, device=token.device)
-        latents = context.latents.new_zeros(1, 1, context.latents.shape[-1])
-        hidden = cache.extend(model, model.embed(token.view(1, 1), latents, timesteps), position)
+        x = model.embed(token.view(1, 1), latents, timesteps)
+        hidden = model.run(x, position, cache.attend)
+        cache.length += 1
     return ids
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def text_log_likelihood(model: Transformer, packed: Packed, count: int) -> float:
     """`log p` in nats of the last `count` tokens of one unpadded row, given all before them."""
     hidden = model(packed)[0, -count - 1 : -1]

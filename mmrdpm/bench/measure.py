@@ -1,0 +1,134 @@
+"""What all benches share: interleaved timing, the machine's own limits, memory, fitted growth."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Work = Callable[[], object]
+
+_SIDE = 2048  # of the square matrices
+_READ = 2**26  # float32 numbers that are read through: 256 MiB, more than any cache
+
+
+def interleaved(works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every work in every round, after a call that does not count.
+
+    One round runs all works once, so that what slows the machine for a while slows all alike.
+    """
+    for work in works.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            seconds[name].append(timed(work))
+    return seconds
+
+
+def timed(work: Work) -> float:
+    """Seconds of one call, until the device is done."""
+    _finish()
+    begun = time.perf_counter()
+    work()
+    _finish()
+    return time.perf_counter() - begun
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, int]:
+    """One large matrix product, and its floating point operations."""
+    a, b = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b, 2 * _SIDE**3
+
+
+def memory_read(device: torch.device) -> tuple[Work, int]:
+    """Reading memory once through, and its bytes."""
+    numbers = torch.ones(_READ, device=device)
+    return numbers.sum, 4 * _READ
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """b of the least-squares fit `value = a * size ** b`, on logarithms."""
+    return statistics.linear_regression(*(list(map(math.log, x)) for x in (sizes, values))).slope
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside and alive; `peak` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._known | inputs:
+                self._take(x.untyped_storage())
+        return out
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._give_back, key, size)
+
+    def _give_back(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def peak_bytes(work: Work) -> int:
+    """The most bytes that the tensors made by one call take at once, weights left out."""
+    with PeakBytes() as counter:
+        work()
+    return counter.peak
+
+
+def machine_facts(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What figures are only valid for."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """Writes the figures, folders made where they are missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

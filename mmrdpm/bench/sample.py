@@ -1,0 +1,223 @@
+"""Speed of drawing and writing against what the machine's arithmetic and memory allow."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmrdpm import api, machine
+from mmrdpm.api import Model
+from mmrdpm.bench.measure import (
+    Work,
+    exponent,
+    interleaved,
+    machine_facts,
+    matrix_product,
+    memory_read,
+    peak_bytes,
+    ratio,
+)
+from mmrdpm.bench.plot import chart, page
+from mmrdpm.document import TextSegment, pack
+from mmrdpm.rdpm.autoencoder import AutoencoderConfig
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.sampling.choose import Choice
+from mmrdpm.sampling.image import Guided, Request, sample_images
+from mmrdpm.sampling.text import sample_text
+from mmrdpm.transformer import Transformer, TransformerConfig
+from mmrdpm.vocabulary import Vocabulary
+
+_BATCHES = (1, 8, 64)
+_TOKENS = 48  # of one text
+_PROMPT = "A lantern is"
+
+
+def bench_sample(model: Model, threads: int, rounds: int) -> dict[str, Any]:
+    """Drawing at several batch sizes, writing, and how the cost of drawing grows."""
+    machine.prepare(threads)
+    device = model.transformer.table.weight.device
+    return {
+        "machine": machine_facts(torch.float32, device),
+        "images": images(model, rounds),
+        "text": text(model, rounds),
+        "growth": {name: growth(sizes, rounds) for name, sizes in GROWTH.items()},
+    }
+
+
+def lines(figures: dict[str, Any]) -> list[str]:
+    """The figures to read."""
+    facts, images, text = figures["machine"], figures["images"], figures["text"]
+    made = ", ".join(f"{key} {value}" for key, value in facts.items())
+    made += f"; matrix product {images['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+    shown = [made, "images per call   seconds per image   share of the floor's rate"]
+    for batch in images["batches"]:
+        seconds, share = batch["seconds_per_image"], batch["share"]
+        shown.append(f"{batch['images']:15d}   {seconds:17.4f}   {share:8.1%}")
+    shown.append(
+        f"text {1 / text['seconds_per_token']:,.0f} tokens per second,"
+        f" {text['times_floor']:.2f} times as long as reading the weights at"
+        f" {text['bytes_per_second'] / 1e9:.1f} GB/s"
+    )
+    for name, grown in figures["growth"].items():
+        sizes = ", ".join(str(point["size"]) for point in grown["points"])
+        shown.append(
+            f"{name} ({sizes}): time ~ size^{grown['time_exponent']:.2f},"
+            f" memory ~ size^{grown['memory_exponent']:.2f}"
+        )
+    return shown
+
+
+def plot(figures: dict[str, Any]) -> str:
+    """Growth of time and memory, as SVG."""
+    charts = []
+    for name, grown in figures["growth"].items():
+        for key, label in (("seconds", "seconds"), ("bytes", "bytes")):
+            power = grown["time_exponent" if key == "seconds" else "memory_exponent"]
+            points = [(point["size"], point[key]) for point in grown["points"]]
+            charts.append(
+                chart(f"{label} over {name}", name, label, {f"power {power:.2f}": points})
+            )
+    return page(charts)
+
+
+def images(model: Model, rounds: int) -> dict[str, Any]:
+    """Seconds per image beside the floor, `2 * weights * tokens / matrix rate`."""
+    device = model.transformer.table.weight.device
+    product, operations = matrix_product(torch.float32, device)
+    caption = tuple(model.texts.encode("red paper lantern"))
+    works: dict[str, Work] = {"product": product}
+    for batch in _BATCHES:
+        works[str(batch)] = _drawing(
+            model.transformer, model.images, model.vocabulary, caption, batch, model.sampling
+        )
+    seconds = interleaved(works, rounds)
+    needed = image_operations(model.transformer, model.images, model.sampling)
+    floors = [needed * s / operations for s in seconds["product"]]
+    batches = []
+    for batch in _BATCHES:
+        each = [s / batch for s in seconds[str(batch)]]
+        batches.append(
+            {
+                "images": batch,
+                "seconds_per_image": statistics.median(each),
+                "all_rounds": each,
+                "share": ratio(floors, each),
+            }
+        )
+    rate = operations / statistics.median(seconds["product"])
+    return {"matrix_flops_per_second": rate, "operations_per_image": needed, "batches": batches}
+
+
+def image_operations(model: Transformer, tokenizer: ImageTokenizer, how: Guided) -> int:
+    """Floating point operations in the matrix products of one image's steps.
+
+    Two per weight and position (Kaplan et al. 2020, arXiv 2001.08361, table 1), once more with
+    guidance; of the unembedding the codes' rows only; prompts and attention scores not at all.
+    """
+    weights = stack_weights(model) + tokenizer.codebook_size * model.config.width
+    positions = tokenizer.num_timesteps * tokenizer.grid[0] * tokenizer.grid[1]
+    return 2 * weights * positions * (1 if how.guidance_scale == 1 else 2)
+
+
+def stack_weights(model: Transformer) -> int:
+    """The weights that every token is multiplied with."""
+    parts = (model.attentions, model.feed_forwards)
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def text(model: Model, rounds: int) -> dict[str, Any]:
+    """Seconds per token beside the time that reading the weights once takes."""
+    transformer, vocabulary = model.transformer, model.vocabulary
+    device = transformer.table.weight.device
+    read, size = memory_read(device)
+    prompt = TextSegment((vocabulary.bos, *model.texts.encode(_PROMPT)))
+    row = pack([[[prompt]]], len(prompt.token_ids), vocabulary, model.images.latent_channels)
+    context, warm, counts = row.to(device), Choice(temperature=1.0), []
+
+    def write() -> None:
+        written = 0
+        for seed in range(4):
+            ids = sample_text(transformer, vocabulary, context, _TOKENS, seed, warm)
+            written += min(len(ids) + 1, _TOKENS)  # the end is a token too
+        counts.append(written)
+
+    seconds = interleaved({"read": read, "write": write}, rounds)
+    per_token = [s / counts[0] for s in seconds["write"]]
+    scored = (vocabulary.eos + 1) * transformer.config.width
+    weights = (stack_weights(transformer) + scored) * transformer.table.weight.element_size()
+    floors = [weights * s / size for s in seconds["read"]]
+    return {
+        "bytes_per_second": size / statistics.median(seconds["read"]),
+        "weight_bytes": weights,
+        "seconds_per_token": statistics.median(per_token),
+        "all_rounds": per_token,
+        "times_floor": ratio(per_token, floors),
+    }
+
+
+@dataclass(frozen=True)
+class Size:
+    """A randomly initialised model and a batch, one of whose sizes grows."""
+
+    timesteps: int = 6
+    images: int = 4
+    side: int = 8  # positions are its square
+    width: int = 128
+
+    def drawing(self) -> Work:
+        """Drawing with it."""
+        shape = AutoencoderConfig(4 * self.side, 16, widths=(16,), blocks=1)
+        config = ImageTokenizerConfig(shape, self.timesteps, codebook_size=256)
+        tokenizer, vocabulary = ImageTokenizer(config).eval(), Vocabulary(256, 256)
+        stack = TransformerConfig(4, self.width, self.width // 32, self.width // 32, 3 * self.width)
+        model = api.build(stack, vocabulary, tokenizer).to(machine.device())
+        tokenizer.to(machine.device())
+        return _drawing(model, tokenizer, vocabulary, (1, 2, 3), self.images, Guided())
+
+
+GROWTH: dict[str, dict[int, Size]] = {
+    "timesteps T": {t: Size(timesteps=t) for t in (4, 8, 16, 32)},
+    "images in a batch": {n: Size(images=n) for n in (2, 4, 8, 16)},
+    "positions of an image": {side**2: Size(side=side) for side in (4, 8, 16, 24)},
+    "weights of the stack": {4 * 13 * width**2: Size(width=width) for width in (64, 128, 256, 512)},
+}
+"""Sizes by what grows; of a stack of width D, `4 layers * (4 + 9) D^2` weights."""
+
+
+def growth(sizes: dict[int, Size], rounds: int) -> dict[str, Any]:
+    """Seconds and peak bytes over sizes, with the exponents of fitted power laws."""
+    works = {str(size): built.drawing() for size, built in sizes.items()}
+    seconds = interleaved(works, rounds)
+    points = [
+        {
+            "size": size,
+            "seconds": statistics.median(seconds[str(size)]),
+            "bytes": peak_bytes(works[str(size)]),
+        }
+        for size in sizes
+    ]
+    return {
+        "points": points,
+        "time_exponent": _power(points, lambda point: point["seconds"]),
+        "memory_exponent": _power(points, lambda point: point["bytes"]),
+    }
+
+
+def _power(points: Sequence[dict[str, float]], of: Callable[[dict[str, float]], float]) -> float:
+    return exponent([point["size"] for point in points], [of(point) for point in points])
+
+
+def _drawing(
+    model: Transformer,
+    tokenizer: ImageTokenizer,
+    vocabulary: Vocabulary,
+    caption: tuple[int, ...],
+    count: int,
+    how: Guided,
+) -> Work:
+    requests = [Request(caption, seed) for seed in range(count)]
+    return lambda: sample_images(model, tokenizer, vocabulary, requests, how)
