@@ -6,6 +6,7 @@ import argparse
 
 from mmrdpm import recipe
 from mmrdpm.bench.train import bench_train
+from mmrdpm.cli import peers
 from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
 from mmrdpm.train_model import ModelRecipe
 
@@ -16,6 +17,7 @@ def add(commands: Commands) -> None:
     p = command(of, bench_train_command, "train")
     recipe_options(p)
     p.add_argument("--rounds", type=count, default=5)
+    peers.add(of)
 
 
 def bench_train_command(options: argparse.Namespace) -> None:
