@@ -8,6 +8,7 @@ adaptive norm and cross-attention to the caption. Times are drawn as in Esser et
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
@@ -39,7 +40,7 @@ class Flow(Peer):
         self.places = nn.Embedding(_LONGEST, shape.width)
         nn.init.normal_(self.table.weight, std=0.02)
         nn.init.normal_(self.places.weight, std=0.02)
-        self.network = PixArtTransformer2DModel(
+        self.network: Any = PixArtTransformer2DModel(
             num_attention_heads=shape.heads,
             attention_head_dim=shape.width // shape.heads,
             in_channels=channels,
@@ -73,7 +74,7 @@ class Flow(Peer):
         return mse_loss(self.velocity(states, sigma, batch.captions), noise - latents)
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TRAINING_TIMES)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TRAINING_TIMES)
         scheduler.set_timesteps(how.steps, device=self.device)
         states = torch.randn(len(captions), *self.grid).to(self.device)
         both = with_and_without(captions)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,6 @@ class LlamaPeer(Peer):
             num_key_value_heads=shape.heads,
             max_position_embeddings=1024,
             pad_token_id=None,
-            attn_implementation="sdpa",
         )
         self.llama = LlamaModel(config)
         self.places = nn.Embedding(self.tokens, shape.width)
@@ -62,8 +60,10 @@ class LlamaPeer(Peer):
             mask: bool, `[B, keys]` for causal attention to real keys, or `[B, 1, S, keys]`.
             cache: of what came before; the positions are added to it.
         """
-        how: dict[str, Any] = {"cache": cache, "use_cache": cache is not None}
-        return self.llama(inputs_embeds=inputs, attention_mask=mask, **how).last_hidden_state
+        output = self.llama(
+            inputs_embeds=inputs, attention_mask=mask, cache=cache, use_cache=cache is not None
+        )
+        return output.last_hidden_state
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         return self.codes.partial(self.codes.encode(latents))

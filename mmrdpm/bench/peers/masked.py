@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AmusedScheduler
@@ -46,7 +47,7 @@ class Masked(LlamaPeer):
         return cross_entropy(logits[masked], codes[masked])
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
-        scheduler = AmusedScheduler(mask_token_id=self.codes.codebook.size)
+        scheduler: Any = AmusedScheduler(mask_token_id=self.codes.codebook.size)
         scheduler.set_timesteps(how.steps, device=self.device)
         codes = torch.full((len(captions), self.tokens), self.codes.codebook.size)
         codes = codes.to(self.device)

@@ -24,7 +24,7 @@ _HEAD = (
     "pictures",
     "minutes",
     "s/picture",
-    "MiB training",
+    "MiB",
     "lr",
 )
 
@@ -72,7 +72,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         lines += [
             "",
             f"{result['concepts']} training concepts, features of EfficientNet-Lite0, of the"
-            f" guidance scales the best by top 10; seconds per picture at batch {batches};"
+            f" guidance scales the best by top 10; seconds per picture at batch {batches}; MiB"
+            " beyond the weights while training and judging;"
             f" times on {result['machine']}.",
         ]
     return "\n".join(lines) + "\n"

@@ -58,16 +58,18 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
         say("reading the emoji and their features")
         scene = Scene(recipe)
         quality = Quality(scene, recipe.judging)
+    finished = True
     for name in todo:
         try:
-            if not Run(name, recipe, scene, quality, out).finish():
-                return False
+            finished = Run(name, recipe, scene, quality, out).finish()
         except ModuleNotFoundError as error:
             reason = f"needs the package {error.name}: pip install 'mmrdpm[peers]'"
             say(f"{name}: {reason}")
             write(out / name / RESULTS_FILE, {"peer": name, "not_runnable": reason})
-        report.write(out, _results(out))
-    return True
+        if not finished:
+            break
+    report.write(out, _results(out))
+    return finished
 
 
 class Run:

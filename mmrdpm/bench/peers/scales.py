@@ -19,7 +19,13 @@ from mmrdpm.bench.peers.protocol import Batch, Caption, How, Shape, guided
 
 
 class Scales(LlamaPeer):
-    """One forward pass per scale."""
+    """One forward pass per scale.
+
+    Attributes:
+        blocks: int64 `[N]`, the scale of each image position, 0 first.
+    """
+
+    blocks: Tensor
 
     def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
         super().__init__(shape, text_size, codes)
@@ -30,7 +36,7 @@ class Scales(LlamaPeer):
 
     def embed(self, before: Tensor | None, level: int, batch: int) -> Tensor:
         """The inputs of a level: the latents of the levels before, at its size, and its places."""
-        places = self.places((self.blocks == level - 1).nonzero()[:, 0])[None]
+        places = self.places(torch.where(self.blocks == level - 1)[0])[None]
         if before is None:
             return places.expand(batch, -1, -1)
         return self.from_latents(self.codes.coarse(before, level)) + places
