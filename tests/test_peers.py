@@ -325,3 +325,17 @@ def test_bad_input_is_one_line(command, capsys):
     assert "--only flo: no such peer: choose among ours, flow" in capsys.readouterr().err
     assert command("flow.ffn=100") == 1
     assert "flow.ffn is 100: the library's blocks have 4 * width = 128" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_measured_are_refused(mapping, scene, tmp_path):
+    def made(**changed):
+        name = next(iter(changed))
+        altered = {**mapping, name: {**mapping[name], **changed[name]}}
+        return make(name, recipe.from_dict(PeerBench, altered, "altered"), scene, tmp_path)
+
+    with pytest.raises(RecipeError, match="steps is empty"):
+        made(flow={"steps": []})
+    with pytest.raises(RecipeError, match=r"ours\.steps: the method fixes it at 3"):
+        made(ours={"steps": [50]})
+    with pytest.raises(RecipeError, match="lrs: name at least one"):
+        made(ours={"lrs": []})

@@ -37,7 +37,8 @@ class Masked(LlamaPeer):
         return self.head(self.run(inputs, mask)[:, prompt.shape[1] :]).float()
 
     def loss(self, batch: Batch) -> Tensor:
-        codes = torch.cat(self.codes.encode(batch.latents.to(self.device)), dim=1)
+        with self.exact():
+            codes = torch.cat(self.codes.encode(batch.latents.to(self.device)), dim=1)
         share = torch.cos(math.pi / 2 * torch.rand(len(codes), 1))
         count = (share * self.tokens).ceil().clamp(min=1)
         order = torch.rand(codes.shape).argsort(dim=1).argsort(dim=1)

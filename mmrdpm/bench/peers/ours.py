@@ -40,7 +40,8 @@ class Ours(Peer):
 
     def loss(self, batch: Batch) -> Tensor:
         latents = batch.latents.to(self.device)
-        code_indices, states = self.images.encode_latents(latents, batch.noise_seeds)
+        with self.exact():
+            code_indices, states = self.images.encode_latents(latents, batch.noise_seeds)
         num_timesteps = self.images.num_timesteps
         documents: list[Document] = []
         for row, caption in enumerate(batch.captions):

@@ -27,9 +27,14 @@ def make(name: str, recipe: PeerBench, scene: Scene, folder: Path) -> Peer:
 
     Raises:
         ModuleNotFoundError: its library is not installed.
-        RecipeError: its number of parameters is not that of ours.
+        RecipeError: its number of parameters is not that of ours, or its steps cannot be chosen.
     """
-    peer = MAKERS[name](getattr(recipe, name), scene, folder)
+    shape: Shape = getattr(recipe, name)
+    peer = MAKERS[name](shape, scene, folder)
+    if not peer.steps:
+        raise RecipeError(f"{name}.steps is empty: name at least one number of steps")
+    if shape.steps and shape.steps != peer.steps:
+        raise RecipeError(f"{name}.steps: the method fixes it at {peer.steps[0]}: leave it out")
     ours = parameters(peer if name == "ours" else Ours(recipe.ours, scene))
     share = parameters(peer) / ours - 1
     if abs(share) > recipe.equal.tolerance:

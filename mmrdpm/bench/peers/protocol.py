@@ -51,8 +51,10 @@ class Shape:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise RecipeError(f"heads ({self.heads}) must divide width ({self.width})")
-        if not self.lrs:
-            raise RecipeError("lrs is empty: name at least one learning rate")
+        if not self.lrs or min(self.lrs) <= 0:
+            raise RecipeError("lrs: name at least one learning rate, each above 0")
+        if min(self.steps, default=1) < 1:
+            raise RecipeError(f"steps {list(self.steps)}: each must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Judging:
     def __post_init__(self) -> None:
         if not self.guidance_scales or min(self.guidance_scales) < 1:
             raise RecipeError("judging.guidance_scales: name at least one scale, each at least 1")
+        if not self.speed_batches or min(self.speed_batches) < 1:
+            raise RecipeError("judging.speed_batches: name at least one, each at least 1")
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,10 @@ class Peer(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def exact(self) -> torch.autocast:
+        """A context for choosing codes: float32 products inside training in bfloat16."""
+        return torch.autocast(self.device.type, enabled=False)
 
 
 def left_padded(

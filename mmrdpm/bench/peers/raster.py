@@ -39,7 +39,8 @@ class Raster(LlamaPeer):
         return self.table(self.code_offset + row) + places
 
     def loss(self, batch: Batch) -> Tensor:
-        row = self.row(self.codes.encode(batch.latents.to(self.device)))
+        with self.exact():
+            row = self.row(self.codes.encode(batch.latents.to(self.device)))
         prompt, real = self.prompt(batch.captions)
         inputs = torch.cat([prompt, self.embed(row[:, :-1])], dim=1)
         seen = torch.cat([real, real.new_ones(row[:, :-1].shape)], dim=1)

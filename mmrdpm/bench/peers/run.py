@@ -27,7 +27,7 @@ from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.trainer import Trainer, fit
 from mmrdpm.data.pictures import contact_sheet, to_tensor
-from mmrdpm.errors import UsageError
+from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.metrics.reconstruction import psnr
 from mmrdpm.monitor import Monitor
 
@@ -205,8 +205,22 @@ def _results(out: Path) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file of ours, empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A JSON file of ours, empty where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}): remove it, to do its part again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: damaged: remove it, to do its part again")
+    return content
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

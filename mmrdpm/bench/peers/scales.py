@@ -42,7 +42,8 @@ class Scales(LlamaPeer):
         return self.from_latents(self.codes.coarse(before, level)) + places
 
     def loss(self, batch: Batch) -> Tensor:
-        codes = self.codes.encode(batch.latents.to(self.device))
+        with self.exact():
+            codes = self.codes.encode(batch.latents.to(self.device))
         inputs = [self.embed(None, 1, len(codes[0]))]
         for level in range(2, len(codes) + 1):
             before = self.codes.partial(codes[: level - 1])
