@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmrdpm.api import build
 from mmrdpm.bench.peers.protocol import Batch, Caption, How, Peer, Scene, Shape
-from mmrdpm.document import Document, ImageSegment, TextSegment, length, pack
+from mmrdpm.document import NO_TARGET, Document, ImageSegment, TextSegment, length, pack
 from mmrdpm.objective import loss
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.sampling.image import Guided, sample_image
@@ -54,7 +55,9 @@ class Ours(Peer):
         rank = len(self.images.grid)
         rows = [[document] for document in documents]
         packed = pack(rows, longest, self.vocabulary, self.images.latent_channels, rank)
-        return loss(self.transformer, packed.to(self.device), text_weight=0.0).total
+        text = packed.timesteps < 0
+        packed = replace(packed, targets=packed.targets.masked_fill(text, NO_TARGET))
+        return loss(self.transformer, packed.to(self.device)).total
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
         guidance = Guided(how.temperature, guidance_scale=how.guidance_scale)
