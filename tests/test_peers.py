@@ -2,6 +2,8 @@
 """Every peer on pictures of 2x2 positions: conventions, caches, resuming, the whole command."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -309,6 +311,27 @@ def test_the_command_runs_all_peers_and_goes_on_where_it_was(command, tmp_path, 
 
     assert command() == 1  # another recipe in the same folder
     assert "was begun with ours.lrs" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(command, tmp_path, capsys, monkeypatch):
+    update = Trainer.update
+
+    def interrupted(self):
+        loss = update(self)
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", interrupted)
+        assert command("--only", "flow") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    saved = tmp_path / "out" / "flow" / "run" / "step-0000001.safetensors"
+    assert saved.exists()
+    assert command("--only", "flow") == 0
+    log = (tmp_path / "out" / "flow" / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in log]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 1
 
 
 def test_a_peer_without_its_library_stays_in_the_table(command, capsys, monkeypatch):
