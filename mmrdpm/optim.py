@@ -68,16 +68,25 @@ class Muon(Optimizer):
 
 
 class Optimizers:
-    """One or two optimisers that step as one; `dtype` is that of their matrix products."""
+    """One or two optimisers that step as one.
+
+    Args:
+        dtype: of their matrix products.
+        stack: beginnings of the names of the parameters whose matrices Muon takes.
+    """
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        dtype: torch.dtype = torch.float32,
+        stack: tuple[str, ...] = ("attentions.", "feed_forwards."),
     ) -> None:
         self.config, self.parameters = config, list(model.parameters())
         hidden = [
             p
             for name, p in model.named_parameters()
-            if p.ndim == 2 and name.startswith(("attentions.", "feed_forwards."))
+            if p.ndim == 2 and name.startswith(stack) and name.endswith("weight")
         ]
         matrices = hidden if config.name == "muon" else []
         taken = {id(p) for p in matrices}

@@ -11,6 +11,7 @@ from typing import Any
 from mmrdpm import api, recipe
 from mmrdpm.bench import attention, sample, train
 from mmrdpm.bench.measure import write_json
+from mmrdpm.cli import peers
 from mmrdpm.cli.common import (
     Commands,
     command,
@@ -36,6 +37,7 @@ def add(commands: Commands) -> None:
     p = command(of, bench_attention_command, "attention")
     p.add_argument("--threads", type=count, default=2, help="of the CPU")
     _measuring(p)
+    peers.add(of)
 
 
 def bench_train_command(options: argparse.Namespace) -> None:

@@ -1,0 +1,96 @@
+"""What the peers that draw tokens share: transformers' Llama over a caption and image positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+from mmrdpm.bench.peers.codes import ResidualCodes
+from mmrdpm.bench.peers.protocol import Caption, Peer, Shape, left_padded
+from mmrdpm.sampling.choose import Choice, choose
+
+
+class LlamaPeer(Peer):
+    """A table of text ids, one special id, the image codes and a mask; the stack; a head on codes.
+
+    Captions stand on the left, padded there: rotary positions are relative, so padding changes
+    nothing. Every image position also has a learned embedding of its place.
+    """
+
+    stack = ("llama.layers.",)
+
+    def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
+        super().__init__()
+        self.codes = codes
+        self.tokens = sum(codes.lengths)
+        size = codes.codebook.size
+        self.first, self.code_offset = text_size, text_size + 1
+        self.mask_id = self.code_offset + size
+        config = LlamaConfig(
+            vocab_size=self.mask_id + 1,
+            hidden_size=shape.width,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=1024,
+            pad_token_id=None,
+        )
+        self.llama = LlamaModel(config)
+        self.places = nn.Embedding(self.tokens, shape.width)
+        self.head = nn.Linear(shape.width, size, bias=False)
+        nn.init.normal_(self.places.weight, std=0.02)
+
+    def table(self, ids: Tensor) -> Tensor:
+        """Embeddings of token ids."""
+        return self.llama.get_input_embeddings()(ids)
+
+    def prompt(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:
+        """Embedded captions `[B, L, width]` and bool `[B, L]`, False at padding."""
+        ids, real = left_padded(captions, self.first, self.device)
+        return self.table(ids), real
+
+    def run(self, inputs: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """The stack on embedded positions `[B, S, width]`.
+
+        Args:
+            mask: bool, `[B, keys]` for causal attention to real keys, or `[B, 1, S, keys]`.
+            cache: of what came before; the positions are added to it.
+        """
+        output = self.llama(
+            inputs_embeds=inputs, attention_mask=mask, cache=cache, use_cache=cache is not None
+        )
+        return output.last_hidden_state
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        return self.codes.partial(self.codes.encode(latents))
+
+
+def with_and_without(captions: Sequence[Caption]) -> list[Caption]:
+    """The captions, then as many empty ones: what `guided` takes apart again."""
+    return [*captions, *[()] * len(captions)]
+
+
+def drawn(logits: Tensor, temperature: float) -> Tensor:
+    """Codes `[...]` from logits `[..., K]`, by torch's global generator."""
+    return choose(logits, Choice(temperature), torch.default_generator)
+
+
+def prefix_mask(real: Tensor, blocks: Tensor) -> Tensor:
+    """Who sees whom: bool `[B, 1, S, S]`, text causally, image positions by their block.
+
+    Args:
+        real: bool `[B, L]`, False at the padding of captions, which is seen by itself alone.
+        blocks: int64 `[N]`, not falling; an image position sees all of its and of lower blocks.
+    """
+    length, total = real.shape[1], real.shape[1] + len(blocks)
+    text = torch.arange(length, device=real.device) - length  # below every block
+    order = torch.cat([text, blocks.to(real.device)])
+    seen = order[:, None] >= order[None, :]
+    image = torch.ones(len(real), len(blocks), dtype=torch.bool, device=real.device)
+    keys = torch.cat([real, image], dim=1)
+    itself = torch.eye(total, dtype=torch.bool, device=real.device)
+    return ((seen & keys[:, None, :]) | itself)[:, None]

@@ -1,0 +1,70 @@
+"""Ours, through the same protocol: RDPM tokens, all timesteps of a picture by one transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmrdpm.api import build
+from mmrdpm.bench.peers.protocol import Batch, Caption, How, Peer, Scene, Shape
+from mmrdpm.document import NO_TARGET, Document, ImageSegment, TextSegment, length, pack
+from mmrdpm.objective import loss
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
+from mmrdpm.sampling.image import Guided, Request, sample_images
+from mmrdpm.transformer import TransformerConfig
+from mmrdpm.vocabulary import Vocabulary
+
+_STEPS_PER_IMAGE = 4  # timesteps of a picture that one update learns, as in the shipped recipe
+
+
+class Ours(Peer):
+    """The transformer of `mmrdpm train`, one document a row; the text has no loss."""
+
+    stack = ("transformer.attentions.", "transformer.feed_forwards.")
+
+    def __init__(self, shape: Shape, scene: Scene) -> None:
+        super().__init__()
+        config = TransformerConfig(shape.layers, shape.width, shape.heads, shape.heads, shape.ffn)
+        self.scene = scene
+        self.vocabulary = Vocabulary(scene.texts.size, scene.images.codebook_size)
+        self.transformer = build(config, self.vocabulary, scene.images)
+        self.steps = (scene.images.num_timesteps,)
+        self.tokens = scene.images.num_timesteps * scene.latents[0, ..., 0].numel()
+
+    @property
+    def images(self) -> ImageTokenizer:
+        """Not a part of what is trained."""
+        return self.scene.images
+
+    def loss(self, batch: Batch) -> Tensor:
+        latents = batch.latents.to(self.device)
+        with self.exact():
+            code_indices, states = self.images.encode_latents(latents, batch.noise_seeds)
+        num_timesteps = self.images.num_timesteps
+        documents: list[Document] = []
+        for row, caption in enumerate(batch.captions):
+            count = min(_STEPS_PER_IMAGE, num_timesteps)
+            timesteps = tuple((1 + torch.randperm(num_timesteps)[:count]).tolist())
+            segment = ImageSegment(code_indices[:, row].cpu(), states[:, row].cpu(), timesteps)
+            prompt = (self.vocabulary.bos, *caption, self.vocabulary.image_start)
+            documents.append([TextSegment(prompt), segment])
+        longest = max(length(document) for document in documents)
+        rank = len(self.images.grid)
+        rows = [[document] for document in documents]
+        packed = pack(rows, longest, self.vocabulary, self.images.latent_channels, rank)
+        text = packed.timesteps < 0
+        packed = replace(packed, targets=packed.targets.masked_fill(text, NO_TARGET))
+        return loss(self.transformer, packed.to(self.device)).total
+
+    def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
+        guidance = Guided(how.temperature, guidance_scale=how.guidance_scale)
+        seeds = torch.randint(2**62, (len(captions),)).tolist()
+        requests = [Request(*pair) for pair in zip(captions, seeds, strict=True)]
+        return sample_images(self.transformer, self.images, self.vocabulary, requests, guidance)[0]
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        _, states = self.images.encode_latents(latents, range(len(latents)))
+        return states[0]

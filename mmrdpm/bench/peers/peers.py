@@ -1,0 +1,109 @@
+"""The peers by name; a library is imported only when its peer is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mmrdpm.bench.peers.codes import ResidualCodes, fitted
+from mmrdpm.bench.peers.ours import Ours
+from mmrdpm.bench.peers.protocol import Peer, PeerBench, Scene, Shape
+from mmrdpm.errors import RecipeError
+
+TITLES = {
+    "ours": "RDPM tokens (ours)",
+    "flow": "flow matching (PixArt)",
+    "masked": "masked tokens (MaskGIT)",
+    "raster": "raster tokens (LlamaGen)",
+    "transfusion": "Transfusion",
+    "scales": "next scale (VAR)",
+}
+
+_RASTER_LEVELS = 4  # of residual codes per place: the reconstruction is about that of our tokens
+
+
+def make(name: str, recipe: PeerBench, scene: Scene, folder: Path) -> Peer:
+    """A fresh peer; codes that it needs are fitted, or read from `folder`.
+
+    Raises:
+        ModuleNotFoundError: its library is not installed.
+        RecipeError: its number of parameters is not that of ours, or its steps cannot be chosen.
+    """
+    shape: Shape = getattr(recipe, name)
+    peer = MAKERS[name](shape, scene, folder)
+    if not peer.steps:
+        raise RecipeError(f"{name}.steps is empty: name at least one number of steps")
+    if shape.steps and shape.steps != peer.steps:
+        raise RecipeError(f"{name}.steps: the method fixes it at {peer.steps[0]}: leave it out")
+    ours = parameters(peer if name == "ours" else Ours(recipe.ours, scene))
+    share = parameters(peer) / ours - 1
+    if abs(share) > recipe.equal.tolerance:
+        raise RecipeError(
+            f"{name} has {parameters(peer):,} parameters, ours {ours:,}: {share:+.1%} is more than"
+            f" equal.tolerance allows: change {name}.ffn, {name}.width or {name}.layers"
+        )
+    return peer
+
+
+def parameters(peer: Peer) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in peer.parameters() if p.requires_grad)
+
+
+def _ours(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    return Ours(shape, scene)
+
+
+def _flow(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    from mmrdpm.bench.peers.flow import Flow
+
+    return Flow(shape, scene.texts.size, scene.latent_shape)
+
+
+def _transfusion(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    from mmrdpm.bench.peers.transfusion import Transfusion
+
+    return Transfusion(shape, scene.texts.size, scene.latent_shape)
+
+
+def _raster(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    from mmrdpm.bench.peers.raster import Raster
+
+    return Raster(shape, scene.texts.size, _flat(scene, folder))
+
+
+def _masked(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    from mmrdpm.bench.peers.masked import Masked
+
+    return Masked(shape, scene.texts.size, _flat(scene, folder))
+
+
+def _scales(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    from mmrdpm.bench.peers.scales import Scales
+
+    side = scene.latent_shape[0]
+    sides = (*range(1, side), *[side] * _RASTER_LEVELS)
+    return Scales(shape, scene.texts.size, _codes(sides, scene, folder / "codes-scales"))
+
+
+def _flat(scene: Scene, folder: Path) -> ResidualCodes:
+    sides = [scene.latent_shape[0]] * _RASTER_LEVELS
+    return _codes(sides, scene, folder / "codes-flat")
+
+
+def _codes(sides: tuple[int, ...] | list[int], scene: Scene, path: Path) -> ResidualCodes:
+    codes = ResidualCodes(
+        sides, scene.images.grid, scene.images.codebook_size, scene.images.latent_channels
+    )
+    seed = scene.equal.seed
+    return fitted(codes, scene.training_latents, seed, path.with_suffix(".safetensors"))
+
+
+MAKERS: dict[str, Callable[[Shape, Scene, Path], Peer]] = {
+    "ours": _ours,
+    "flow": _flow,
+    "masked": _masked,
+    "raster": _raster,
+    "transfusion": _transfusion,
+    "scales": _scales,
+}

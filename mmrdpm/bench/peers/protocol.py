@@ -1,0 +1,271 @@
+"""The terms that are equal: the recipe, the scene that all peers draw, and what a peer is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmrdpm import machine, shipped, text_tokenizer
+from mmrdpm.checkpoint import CheckpointPolicy
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.loader import latents_of
+from mmrdpm.data.pictures import to_pictures
+from mmrdpm.errors import RecipeError
+from mmrdpm.machine import Precision
+from mmrdpm.optim import OptimizerConfig
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.train_model import Tokenizers
+
+Caption = tuple[int, ...]
+"""The text ids of a caption; () where it is dropped."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one peer and how it is fed.
+
+    Attributes:
+        ffn: hidden width of the feed-forward.
+        batch_size: pictures per update.
+        lrs: learning rates that the search tries.
+        steps: network evaluations per picture (guidance counted as one), one entry per way of
+            sampling that is measured; empty where the method fixes them.
+    """
+
+    layers: int = field(metadata={"min": 1})
+    width: int = field(metadata={"min": 8})
+    heads: int = field(metadata={"min": 1})
+    ffn: int = field(metadata={"min": 8})
+    batch_size: int = field(default=32, metadata={"min": 1})
+    lrs: tuple[float, ...] = (3e-3, 1e-2)
+    steps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise RecipeError(f"heads ({self.heads}) must divide width ({self.width})")
+        if not self.lrs or min(self.lrs) <= 0:
+            raise RecipeError("lrs: name at least one learning rate, each above 0")
+        if min(self.steps, default=1) < 1:
+            raise RecipeError(f"steps {list(self.steps)}: each must be at least 1")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Training FLOPs as torch counts them: forward and backward of real updates.
+
+    Attributes:
+        flops: of the run that is judged.
+        search_flops: of the run of each learning rate; not part of `flops`.
+        points: how often the run is judged, evenly spaced, the last time at its end.
+    """
+
+    flops: float = field(default=9e13, metadata={"min": 1.0})
+    search_flops: float = field(default=3e12, metadata={"min": 1.0})
+    points: int = field(default=4, metadata={"min": 1})
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How pictures are drawn and judged.
+
+    Attributes:
+        concepts: training concepts without a skin tone that are drawn.
+        guidance_scales: all are judged, the table shows the best by top 10.
+        temperature: of peers that draw tokens.
+        speed_batches: numbers of pictures drawn at once when sampling is timed.
+        repeats: of each timing; the median counts.
+    """
+
+    concepts: int = field(default=200, metadata={"min": 2})
+    guidance_scales: tuple[float, ...] = (2.0, 4.0)
+    temperature: float = field(default=0.7, metadata={"min": 0.01})
+    speed_batches: tuple[int, ...] = (1, 64)
+    repeats: int = field(default=3, metadata={"min": 1})
+    seed: int = field(default=0, metadata={"min": 0})
+
+    def __post_init__(self) -> None:
+        if not self.guidance_scales or min(self.guidance_scales) < 1:
+            raise RecipeError("judging.guidance_scales: name at least one scale, each at least 1")
+        if not self.speed_batches or min(self.speed_batches) < 1:
+            raise RecipeError("judging.speed_batches: name at least one, each at least 1")
+
+
+@dataclass(frozen=True)
+class Equal:
+    """What all peers share in training.
+
+    Attributes:
+        warmup: share of the updates in which the learning rate rises.
+        tolerance: how far a peer's number of parameters may be from ours, as a share of it.
+    """
+
+    caption_dropout: float = field(default=0.1, metadata={"min": 0.0, "max": 1.0})
+    warmup: float = field(default=0.05, metadata={"min": 0.0, "max": 1.0})
+    tolerance: float = field(default=0.05, metadata={"min": 0.0})
+    precision: Precision = "auto"
+    seed: int = field(default=0, metadata={"min": 0})
+    threads: int = field(default=2, metadata={"min": 1})
+
+
+@dataclass(frozen=True)
+class PeerBench:
+    """A recipe of kind `peers`; the default shapes have about 6.1M parameters."""
+
+    tokenizers: Tokenizers = field(default_factory=Tokenizers)
+    budget: Budget = field(default_factory=Budget)
+    equal: Equal = field(default_factory=Equal)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    judging: Judging = field(default_factory=Judging)
+    ours: Shape = field(default_factory=lambda: Shape(6, 256, 4, 704))
+    flow: Shape = field(default_factory=lambda: Shape(4, 256, 4, 1024, steps=(50, 10)))
+    masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 688, steps=(10,)))
+    raster: Shape = field(default_factory=lambda: Shape(6, 256, 4, 688))
+    transfusion: Shape = field(default_factory=lambda: Shape(5, 160, 4, 376, steps=(50, 10)))
+    scales: Shape = field(default_factory=lambda: Shape(6, 256, 4, 688))
+    kind: Literal["peers"] = "peers"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures to learn: a caption and a latent each.
+
+    Attributes:
+        captions: one per picture.
+        latents: float32 `[B, h, w, C]`.
+        noise_seeds: int64 `[B]`, a fresh one for each picture and update.
+    """
+
+    captions: list[Caption]
+    latents: Tensor
+    noise_seeds: list[int]
+
+
+class Scene:
+    """Tokenizers, captions and latents that all peers learn from."""
+
+    def __init__(self, recipe: PeerBench) -> None:
+        names = recipe.tokenizers
+        self.images = image_tokenizer.load(shipped.resolve("tokenizers", names.image))
+        self.texts = text_tokenizer.load(shipped.resolve("tokenizers", names.text))
+        self.data = load_emoji(self.images.image_size)
+        self.captions: list[Caption] = [tuple(self.texts.encode(n)) for n in self.data.names]
+        self.latents = latents_of(self.images, self.data)
+        self.images.to(machine.device())
+        self.equal = recipe.equal
+        concepts: dict[str, list[int]] = {}
+        for index in self.data.indices("train"):
+            concepts.setdefault(self.data.concepts[index], []).append(index)
+        self.concepts = list(concepts.values())
+
+    @cached_property
+    def training_latents(self) -> Tensor:
+        """Of the training pictures, float32 `[n, h, w, C]`."""
+        return self.latents[self.data.indices("train")]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of one picture: height, width, channels."""
+        height, width, channels = self.latents.shape[1:]
+        return height, width, channels
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        """The pictures of one update: a concept, then half of the time its untoned variant."""
+        random = np.random.default_rng((seed, step))
+        chosen, captions = [], []
+        for _ in range(size):
+            variants = self.concepts[random.integers(len(self.concepts))]
+            plain = [i for i in variants if not self.data.tones[i]]
+            image = plain[0] if plain and random.random() < 0.5 else int(random.choice(variants))
+            dropped = random.random() < self.equal.caption_dropout
+            chosen.append(image)
+            captions.append(() if dropped else self.captions[image])
+        seeds = random.integers(2**62, size=size).tolist()
+        return Batch(captions, self.latents[chosen], seeds)
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents `[B, h, w, C]` -> pictures."""
+        return to_pictures(self.images.decode_latents(latents))
+
+
+@dataclass(frozen=True)
+class How:
+    """One way of drawing.
+
+    Attributes:
+        steps: network evaluations; a peer whose method fixes them does not look at it.
+    """
+
+    steps: int
+    guidance_scale: float
+    temperature: float
+
+
+class Peer(nn.Module, ABC):
+    """One way to draw: a network with its own objective and its own sampler.
+
+    Attributes:
+        stack: beginnings of the names of the parameters whose matrices Muon takes.
+        tokens: image positions or tokens that the network handles per picture.
+        steps: network evaluations per picture of each way of sampling.
+    """
+
+    stack: ClassVar[tuple[str, ...]]
+    tokens: int
+    steps: tuple[int, ...]
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The scalar that training lowers; randomness comes from torch's global generator."""
+
+    @abstractmethod
+    def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
+        """Latents `[B, h, w, C]`; randomness comes from torch's global generator."""
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """What the peer's tokens leave of latents `[B, h, w, C]`; all of them where it has none."""
+        return latents
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def exact(self) -> torch.autocast:
+        """A context for choosing codes: float32 products inside training in bfloat16."""
+        return torch.autocast(self.device.type, enabled=False)
+
+
+def left_padded(
+    captions: Sequence[Caption], first: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Captions behind the id `first`, padded on the left so that the picture follows at once.
+
+    Returns:
+        int64 ids `[B, L]` and bool `[B, L]`, True where there is a token.
+    """
+    longest = 1 + max(len(caption) for caption in captions)
+    ids = torch.zeros(len(captions), longest, dtype=torch.int64)
+    real = torch.zeros(len(captions), longest, dtype=torch.bool)
+    for row, caption in enumerate(captions):
+        start = longest - 1 - len(caption)
+        ids[row, start:] = torch.tensor((first, *caption))
+        real[row, start:] = True
+    return ids.to(device), real.to(device)
+
+
+def guided(network_output: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6 with s = w + 1).
+
+    Args:
+        network_output: `[2 B, ...]`, with captions and then without.
+    """
+    cond, uncond = network_output.chunk(2)
+    return uncond + scale * (cond - uncond)

@@ -1,0 +1,144 @@
+"""One table and three plots of the peers' results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmrdpm.bench.peers.peers import TITLES
+from mmrdpm.errors import DataError
+
+_HEAD = (
+    "way of drawing",
+    "parameters",
+    "tokens",
+    "PSNR dB",
+    "steps",
+    "guidance",
+    "top 1",
+    "top 10",
+    "KID x 1000",
+    "PFLOP",
+    "updates",
+    "pictures",
+    "minutes",
+    "s/picture",
+    "MiB",
+    "lr",
+)
+
+
+def check() -> None:
+    """Raises DataError where the plots cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise DataError("plots need the package matplotlib: pip install 'mmrdpm[peers]'") from None
+
+
+def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
+    """`table.md`, and SVG plots of quality against FLOPs, wall-clock and sampling time."""
+    (out / "table.md").write_text(table(results), encoding="utf-8")
+    ways = _ways(results)
+    if not ways:
+        return
+    for key, label in (("flops", "training FLOPs"), ("seconds", "seconds of training")):
+        lines = {
+            title: [(point[key], best(point, steps)) for point in result["curve"]]
+            for title, result, steps in ways
+        }
+        _plot(out / f"quality-{key}.svg", lines, label)
+    dots = {
+        title: [(max(_speeds(result, steps))[1], best(result["curve"][-1], steps))]
+        for title, result, steps in ways
+    }
+    batch = max(entry["batch"] for entry in ways[0][1]["sampling"])
+    _plot(out / "quality-sampling.svg", dots, f"seconds per picture, {batch} at once", "log")
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, one row per peer and number of steps; peers without results with the reason."""
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+    ways = sorted(_ways(results), key=lambda way: -best(way[1]["curve"][-1], way[2])["top10"])
+    lines += ["| " + " | ".join(_row(*way)) + " |" for way in ways]
+    for result in results:
+        if "not_runnable" in result:
+            cells = [TITLES[result["peer"]], f"not run: {result['not_runnable']}"]
+            lines.append("| " + " | ".join([*cells, *[""] * (len(_HEAD) - 2)]) + " |")
+    if ways:
+        _, result, steps = ways[0]
+        batches = " and ".join(str(batch) for batch, _ in _speeds(result, steps))
+        lines += [
+            "",
+            f"{result['concepts']} training concepts, features of EfficientNet-Lite0, of the"
+            f" guidance scales the best by top 10; seconds per picture at batch {batches}; MiB"
+            " beyond the weights while training and judging;"
+            f" times on {result['machine']}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def best(point: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Of the guidance scales at a point the one with the best top 10, then the lowest KID."""
+    drawn = [entry for entry in point["drawn"] if entry["steps"] == steps]
+    return max(drawn, key=lambda entry: (entry["top10"], -entry["kid"]))
+
+
+def _ways(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], int]]:
+    """Title, results and number of steps of every way of drawing that was measured."""
+    return [
+        (f"{TITLES[result['peer']]}, {steps} steps", result, steps)
+        for result in results
+        if "curve" in result
+        for steps in sorted({entry["steps"] for entry in result["sampling"]}, reverse=True)
+    ]
+
+
+def _speeds(result: dict[str, Any], steps: int) -> list[tuple[int, float]]:
+    """Batch and seconds per picture."""
+    entries = [entry for entry in result["sampling"] if entry["steps"] == steps]
+    return [(entry["batch"], entry["seconds_per_picture"]) for entry in entries]
+
+
+def _row(title: str, result: dict[str, Any], steps: int) -> list[str]:
+    last = result["curve"][-1]
+    figures, memory = best(last, steps), result["training_megabytes"]
+    return [
+        title,
+        f"{result['parameters'] / 1e6:.2f}M",
+        str(result["tokens_per_image"]),
+        f"{result['psnr']:.2f}",
+        str(steps),
+        f"{figures['guidance_scale']:g}",
+        f"{figures['top1']:.1%}",
+        f"{figures['top10']:.1%}",
+        f"{1000 * figures['kid']:.2f}",
+        f"{last['flops'] / 1e15:.4g}",
+        f"{result['updates']:,}",
+        f"{result['updates'] * result['batch_size']:,}",
+        f"{result['seconds'] / 60:.1f}",
+        " / ".join(f"{seconds:.3f}" for _, seconds in _speeds(result, steps)),
+        "unknown" if memory is None else f"{memory:,.0f}",
+        f"{result['lr']:g}",
+    ]
+
+
+def _plot(path: Path, lines: dict[str, list[tuple[float, Any]]], label: str, scale: str = "linear"):  # type: ignore[no-untyped-def]
+    """Top 10 and KID side by side over `label`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, key, name in zip(
+        panels, ("top10", "kid"), ("named in the top 10", "KID"), strict=True
+    ):
+        for title, points in lines.items():
+            across, up = [x for x, _ in points], [figures[key] for _, figures in points]
+            panel.plot(across, up, marker="o", label=title)
+        panel.set(xlabel=label, ylabel=name, xscale=scale)
+        panel.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):  # the same file for the same figures
+        figure.savefig(path, metadata={"Date": None})

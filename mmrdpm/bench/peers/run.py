@@ -1,0 +1,238 @@
+"""Runs the peers one after the other: count, search, train and judge, time; all of it resumable.
+
+OUT/recipe.yaml              the resolved recipe
+OUT/NAME/plan.json           FLOPs per update and the learning rates tried
+OUT/NAME/run                 checkpoints, logs and sheets of drawn pictures of the judged run
+OUT/NAME/curve.json          the points at which it was judged, as they come
+OUT/NAME/results.json        all about a peer, once it is done
+OUT/table.md, OUT/*.svg      of the peers done so far
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrdpm import checkpoint, machine
+from mmrdpm.bench.peers import measure, report
+from mmrdpm.bench.peers.peers import MAKERS, parameters
+from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
+from mmrdpm.bench.peers.quality import Quality
+from mmrdpm.bench.peers.trainer import Trainer, fit
+from mmrdpm.data.pictures import contact_sheet, to_tensor
+from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.metrics.reconstruction import psnr
+from mmrdpm.monitor import Monitor
+
+RESULTS_FILE = "results.json"
+_AT_ONCE = 50  # pictures drawn together when they are judged
+_SHEET = (10, 4)  # columns and rows of a sheet of drawn pictures
+
+
+def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str], None]) -> bool:
+    """Runs the named peers, all if none is named; False if it was stopped before the end.
+
+    Called again with the same folder and recipe it goes on where it was.
+
+    Raises:
+        UsageError: there is no peer of a name.
+        CheckpointError: the folder holds a run of another recipe.
+        DataError: a package that judging or plotting needs is not installed.
+    """
+    for name in names:
+        if name not in MAKERS:
+            raise UsageError(f"--only {name}: no such peer: choose among {', '.join(MAKERS)}")
+    report.check()
+    machine.prepare(recipe.equal.threads)
+    checkpoint.begin(out, recipe, resume=(out / checkpoint.RECIPE_FILE).exists())
+    wanted = [name for name in MAKERS if name in (names or MAKERS)]
+    todo = [name for name in wanted if "curve" not in read(out / name / RESULTS_FILE)]
+    if todo:
+        say("reading the emoji and their features")
+        scene = Scene(recipe)
+        quality = Quality(scene, recipe.judging)
+    finished = True
+    for name in todo:
+        try:
+            finished = Run(name, recipe, scene, quality, out).finish()
+        except ModuleNotFoundError as error:
+            reason = f"needs the package {error.name}: pip install 'mmrdpm[peers]'"
+            say(f"{name}: {reason}")
+            write(out / name / RESULTS_FILE, {"peer": name, "not_runnable": reason})
+        if not finished:
+            break
+    report.write(out, _results(out))
+    return finished
+
+
+class Run:
+    """One peer, from the first update to its results."""
+
+    def __init__(
+        self, name: str, recipe: PeerBench, scene: Scene, quality: Quality, out: Path
+    ) -> None:
+        self.name, self.recipe, self.scene, self.quality = name, recipe, scene, quality
+        self.out, self.folder = out, out / name
+        self.plan: dict[str, Any] = read(self.folder / "plan.json")
+        self.points: list[dict[str, Any]] = read(self.folder / "curve.json").get("points", [])
+
+    def finish(self) -> bool:
+        """All stages that are not done yet; False if it was stopped before the end."""
+        if "flops_per_update" not in self.plan:
+            flops = self._trainer(0.0, 1).flops_per_update()
+            self._note(flops_per_update=flops)
+        if not self._search():
+            return False
+        flops, budget = self.plan["flops_per_update"], self.recipe.budget
+        steps = max(1, round(budget.flops / flops))
+        trainer = self._trainer(self.plan["lr"], steps)
+        shares = range(1, budget.points + 1)
+        stops = sorted({max(1, round(steps * i / budget.points)) for i in shares})
+        memory = measure.Peak()
+        done = fit(trainer, self.folder / "run", stops, lambda m: self._judge(trainer, m))
+        if done:
+            self._write_results(trainer, memory.megabytes())
+        return done
+
+    def _trainer(self, lr: float, steps: int) -> Trainer:
+        return Trainer(self.name, self.recipe, self.scene, self.out, lr, steps)
+
+    def _note(self, **what: Any) -> None:
+        self.plan.update(what)
+        write(self.folder / "plan.json", self.plan)
+
+    def _search(self) -> bool:
+        """A short run, down to a learning rate of zero, for each rate; the lowest loss wins."""
+        rates = getattr(self.recipe, self.name).lrs
+        flops, found = self.plan["flops_per_update"], dict(self.plan.get("search", {}))
+        for lr in rates:
+            if f"{lr:g}" in found or len(rates) == 1:
+                continue
+            run = self.folder / "search" / f"lr-{lr:g}"
+            steps = max(1, round(self.recipe.budget.search_flops / flops))
+            trainer = self._trainer(lr, steps)
+            if not fit(trainer, run, [steps], lambda monitor: None):
+                return False
+            found[f"{lr:g}"] = sum(trainer.last_losses) / len(trainer.last_losses)
+            self._note(search=found)
+            _drop_checkpoints(run)
+        best = min(rates, key=lambda lr: found.get(f"{lr:g}", 0.0))
+        self._note(lr=best)
+        return True
+
+    def _judge(self, trainer: Trainer, monitor: Monitor) -> None:
+        """Adds a point to the curve, unless it is there already."""
+        if any(point["step"] == trainer.step for point in self.points):
+            return
+        drawn = []
+        for steps in trainer.peer.steps:
+            for scale in self.recipe.judging.guidance_scales:
+                how = How(steps, scale, self.recipe.judging.temperature)
+                figures = self._figures(trainer, how)
+                drawn.append({"steps": steps, "guidance_scale": scale, **figures})
+                monitor.say(
+                    f"{self.name} update {trainer.step}: {steps} steps, guidance {scale:g}:"
+                    f" top 10 {figures['top10']:.1%}, top 1 {figures['top1']:.1%},"
+                    f" KID {figures['kid']:.4f}"
+                )
+        self.points.append(
+            {
+                "step": trainer.step,
+                "flops": trainer.step * self.plan["flops_per_update"],
+                "seconds": trainer.seconds,
+                "drawn": drawn,
+            }
+        )
+        write(self.folder / "curve.json", {"points": self.points})
+
+    @torch.no_grad()
+    def _figures(self, trainer: Trainer, how: How) -> dict[str, float]:
+        torch.manual_seed(self.recipe.judging.seed)
+        captions = [self.scene.captions[i] for i in self.quality.chosen]
+        pictures = []
+        for start in range(0, len(captions), _AT_ONCE):
+            latents = trainer.peer.draw(captions[start : start + _AT_ONCE], how)
+            pictures += self.scene.decode(latents)
+        columns, rows = _SHEET
+        shown = [pictures[i * columns : (i + 1) * columns] for i in range(rows)]
+        name = f"step-{trainer.step:07d}-steps-{how.steps}-guidance-{how.guidance_scale:g}.png"
+        path = self.folder / "run" / "samples" / name
+        path.parent.mkdir(exist_ok=True)
+        contact_sheet([row for row in shown if row], scale=2).save(path)
+        return asdict(self.quality(pictures))
+
+    @torch.no_grad()
+    def _psnr(self, trainer: Trainer) -> float:
+        """Mean over the judged pictures of what the peer's tokens, or latents, leave of them."""
+        images = to_tensor(self.scene.data.images[self.quality.chosen])
+        latents = self.scene.latents[self.quality.chosen].to(trainer.device)
+        again = self.scene.images.decode_latents(trainer.peer.reconstruct(latents))
+        return psnr(again.cpu(), images).mean().item()
+
+    def _write_results(self, trainer: Trainer, megabytes: float | None) -> None:
+        captions = [self.scene.captions[i] for i in self.quality.chosen]
+        judging, shape = self.recipe.judging, trainer.shape
+        sampling = measure.sampling(trainer.peer, self.scene, captions, judging)
+        results = {
+            "peer": self.name,
+            "parameters": parameters(trainer.peer),
+            "tokens_per_image": trainer.peer.tokens,
+            "psnr": self._psnr(trainer),
+            "batch_size": shape.batch_size,
+            "updates": trainer.step,
+            **self.plan,
+            "seconds": trainer.seconds,
+            "training_megabytes": megabytes,
+            "curve": self.points,
+            "sampling": sampling,
+            "concepts": len(captions),
+            "machine": measure.machine_class(trainer.dtype),
+        }
+        write(self.folder / RESULTS_FILE, results)
+
+
+def _results(out: Path) -> list[dict[str, Any]]:
+    """Of all peers that have any, in their order."""
+    found = [read(out / name / RESULTS_FILE) for name in MAKERS]
+    return [result for result in found if result]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file of ours, empty where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}): remove it, to do its part again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: damaged: remove it, to do its part again")
+    return content
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file whole, or leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _drop_checkpoints(run: Path) -> None:
+    """A finished search run needs its logs only."""
+    for path in run.glob("step-*.safetensors"):
+        path.unlink()
+    shutil.rmtree(run / "resume", ignore_errors=True)

@@ -1,0 +1,364 @@
+# ruff: noqa: E402 (what needs the extra is imported after it was looked for)
+"""Every peer on pictures of 2x2 positions: conventions, caches, resuming, the whole command."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+
+from mmrdpm import recipe, shipped
+from mmrdpm.cli import main
+from mmrdpm.errors import RecipeError, UsageError
+
+for package in ("diffusers", "transformers", "transfusion_pytorch", "matplotlib"):
+    pytest.importorskip(package, reason="the extra `peers` is not installed")
+
+from mmrdpm.bench.peers import peers as registry
+from mmrdpm.bench.peers import quality, report, run
+from mmrdpm.bench.peers.codes import ResidualCodes
+from mmrdpm.bench.peers.llama import prefix_mask
+from mmrdpm.bench.peers.peers import MAKERS, make
+from mmrdpm.bench.peers.protocol import Batch, How, PeerBench, Scene, guided, left_padded
+from mmrdpm.bench.peers.trainer import Trainer, fit
+
+TINY = {"layers": 2, "width": 32, "heads": 2, "ffn": 48, "batch_size": 4, "lrs": [0.01]}
+GREEDY = How(steps=3, guidance_scale=2.0, temperature=0.0)
+
+
+@pytest.fixture(scope="session")
+def mapping(tiny_tokenizers):
+    """A recipe for pictures of 2x2 positions, as plain mappings."""
+    return {
+        "kind": "peers",
+        "tokenizers": {t: str(tiny_tokenizers / t) for t in ("image", "text")},
+        "budget": {"flops": 2e7, "search_flops": 1e7, "points": 2},
+        "equal": {"tolerance": 9.0, "threads": 1},
+        "checkpoint": {"every": 2, "keep": 1, "log_every": 1},
+        "judging": {"concepts": 5, "guidance_scales": [2.0], "repeats": 1, "speed_batches": [2]},
+        **{name: dict(TINY) for name in ("ours", "masked", "raster", "scales")},
+        "flow": {**TINY, "ffn": 128, "steps": [3, 2]},
+        "masked": {**TINY, "steps": [3]},
+        "transfusion": {**TINY, "steps": [2]},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny(mapping):
+    return recipe.from_dict(PeerBench, mapping, "tiny")
+
+
+@pytest.fixture(scope="session")
+def scene(tiny):
+    return Scene(tiny)
+
+
+@pytest.fixture(scope="session")
+def build(tiny, scene, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes")
+
+    def built(name):
+        torch.manual_seed(0)
+        peer = make(name, tiny, scene, folder)
+        for parameter in peer.parameters():  # zeros would hide mistakes
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+        return peer
+
+    return built
+
+
+@pytest.mark.parametrize(
+    "path", sorted((shipped.folder("recipes") / "peers").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_a_shipped_recipe_fits_its_schema(path):
+    recipe.load(PeerBench, path)
+    header = path.read_text().split("kind:")[0]
+    assert f"recipes/peers/{path.name}" in header and "Hardware:" in header
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_peer_learns_a_batch_and_draws_latents(name, tiny, scene, tmp_path):
+    trainer = Trainer(name, tiny, scene, tmp_path, lr=0.01, steps=100)
+    assert len(trainer.optimizers.parts) == 2, "Muon found no matrices"
+    same = scene.batch(0, 0, 4)
+    first = _mean_loss(trainer.peer, same)
+    for _ in range(12):
+        torch.manual_seed(0)
+        trainer.peer.loss(same).backward()
+        trainer.optimizers.step(0.01)
+    assert _mean_loss(trainer.peer, same) < first
+    with torch.no_grad():
+        for steps in trainer.peer.steps:
+            drawn = trainer.peer.draw([(1, 2), ()], How(steps, 2.0, 1.0))
+            assert drawn.shape == (2, *scene.latent_shape) and drawn.isfinite().all()
+
+
+def _mean_loss(peer, batch):
+    with torch.no_grad():
+        return sum(_seeded(seed, peer, batch) for seed in range(4)) / 4
+
+
+def _seeded(seed, peer, batch):
+    torch.manual_seed(seed)
+    return peer.loss(batch).item()
+
+
+@pytest.mark.parametrize("name", ["raster", "scales"])
+def test_padding_changes_no_loss(name, build, scene):
+    peer, captions = build(name), [(5,), (6, 7, 8, 9)]
+    latents = scene.latents[:2]
+    both = peer.loss(Batch(captions, latents, [0, 0]))
+    apart = [peer.loss(Batch([captions[i]], latents[i : i + 1], [0])) for i in range(2)]
+    torch.testing.assert_close(both, (apart[0] + apart[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_raster_draws_with_its_cache_what_it_draws_without(build):
+    peer, captions = build("raster"), [(5,), (6, 7, 8)]
+    prompt, real = peer.prompt([*captions, (), ()])
+    row = torch.zeros(2, 0, dtype=torch.int64)
+    for _ in range(peer.tokens):
+        inputs = torch.cat([prompt, peer.embed(row.repeat(2, 1))], dim=1)
+        seen = torch.cat([real, real.new_ones(4, row.shape[1])], dim=1)
+        logits = guided(peer.head(peer.run(inputs, seen.long())[:, -1]), 2.0)
+        row = torch.cat([row, logits.argmax(-1)[:, None]], dim=1)
+    expected = peer.codes.partial(peer.levels(row))
+    torch.testing.assert_close(peer.draw(captions, GREEDY), expected)
+
+
+@torch.no_grad()
+def test_scales_draw_with_their_cache_what_they_draw_without(build):
+    peer, captions = build("scales"), [(5,), (6, 7, 8)]
+    prompt, real = peer.prompt([*captions, (), ()])
+    codes, inputs = [], [peer.embed(None, 1, 4)]
+    for level in range(1, len(peer.codes.sides) + 1):
+        if level > 1:
+            inputs.append(peer.embed(peer.codes.partial(codes).repeat(2, 1, 1, 1), level, 4))
+        blocks = peer.blocks[: sum(peer.codes.lengths[:level])]
+        hidden = peer.run(torch.cat([prompt, *inputs], dim=1), prefix_mask(real, blocks))
+        last = hidden[:, -peer.codes.lengths[level - 1] :]
+        codes.append(guided(peer.head(last), 2.0).argmax(-1))
+    torch.testing.assert_close(peer.draw(captions, GREEDY), peer.codes.partial(codes))
+
+
+@torch.no_grad()
+def test_masked_sees_both_ways_and_no_padding(build):
+    peer = build("masked")
+    codes = torch.randint(16, (1, peer.tokens))
+    changed = codes.clone()
+    changed[0, -1] = (codes[0, -1] + 1) % 16
+    before, after = peer.logits([(5, 6)], codes), peer.logits([(5, 6)], changed)
+    assert not torch.allclose(before[0, 0], after[0, 0])
+    padded = peer.logits([(5, 6), (1, 2, 3, 4)], codes.repeat(2, 1))
+    torch.testing.assert_close(padded[:1], before, rtol=1e-4, atol=1e-5)
+
+
+def test_flow_reaches_the_picture_that_a_true_velocity_points_to(build, scene, monkeypatch):
+    peer, truth = build("flow"), scene.latents[:2]
+
+    def velocity(states, sigma, captions):
+        target = truth.repeat(len(states) // 2, 1, 1, 1)
+        return (states - target) / sigma[:, None, None, None]  # eps - z_0 of a straight path
+
+    monkeypatch.setattr(peer, "velocity", velocity)
+    drawn = peer.draw([(1,), (2,)], How(5, 1.0, 1.0))
+    torch.testing.assert_close(drawn, truth, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_transfusion_samples_with_the_flow_that_it_was_trained_to_predict(build):
+    peer = build("transfusion")
+    library = peer.library
+    announced = library.char_tokenizer("2,2", device=peer.device).tolist()
+    prompt = [
+        library.sos_id,
+        5,
+        6,
+        library.meta_id,
+        *announced,
+        library.get_modality_info(0).som_id,
+    ]
+    torch.manual_seed(1)
+    noise = torch.randn(peer.grid)
+    embed, flows = library(
+        [[torch.tensor(prompt), noise]],
+        times=torch.zeros(1, 1),  # where the state is the noise alone
+        return_loss=False,
+        return_embed=True,
+    )
+    (at_picture,) = flows[0]
+    velocity = library.get_modality_info(0).model_to_latent(at_picture(embed))
+    torch.manual_seed(1)
+    drawn = peer.draw([(5, 6)], How(1, 1.0, 1.0))
+    torch.testing.assert_close(drawn[0], noise + velocity.reshape(peer.grid))
+
+
+def test_a_level_codes_what_the_levels_before_left():
+    torch.manual_seed(0)
+    latents = torch.randn(600, 2, 2, 4)
+    codes = ResidualCodes((1, 2, 2), (2, 2), 16, 4)
+    codes.fit(latents, seed=0)
+    found = codes.encode(latents)
+    errors = []
+    for level in range(3):
+        rest = latents - codes.partial(found[:level]) if level else latents
+        small = rest.mean(dim=(1, 2), keepdim=True) if level == 0 else rest
+        expected = codes.codebook.nearest(small, level + 1).flatten(1)
+        assert torch.equal(found[level], expected)
+        errors.append((latents - codes.partial(found[: level + 1])).square().mean())
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_captions_are_padded_on_the_left_and_text_is_causal():
+    ids, real = left_padded([(7,), (8, 9)], first=3, device=torch.device("cpu"))
+    assert ids.tolist() == [[0, 3, 7], [3, 8, 9]]
+    assert real.tolist() == [[False, True, True], [True, True, True]]
+    mask = prefix_mask(real[:1], torch.tensor([0, 1, 1]))[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],  # padding sees itself, so that its softmax is defined
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_kernel_distance_is_the_unbiased_estimate():
+    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
+    # k(a, b) = (ab + 1)^3: within x (1*2+1)^3 = 27, within y 1, across 1, 64, 1, 343
+    assert quality.kernel_distance(x, y) == pytest.approx(27 + 1 - 2 * (1 + 64 + 1 + 343) / 4)
+
+
+def test_a_peer_of_another_size_is_refused(mapping, scene, tmp_path):
+    deep = {**mapping, "equal": {"tolerance": 0.05}, "scales": {**TINY, "layers": 4}}
+    with pytest.raises(RecipeError, match=r"scales has .* parameters, ours"):
+        make("scales", recipe.from_dict(PeerBench, deep, "deep"), scene, tmp_path)
+
+
+def test_a_killed_run_goes_on_exactly(tiny, scene, tmp_path, monkeypatch):
+    def trainer():
+        return Trainer("flow", tiny, scene, tmp_path, lr=0.01, steps=6)
+
+    straight, killed = trainer(), trainer()
+    stopped_at = []
+    assert fit(straight, tmp_path / "straight", [3, 6], lambda _: None)
+    update = killed.update
+
+    def dying():
+        if killed.step == 5:
+            raise KeyboardInterrupt
+        return update()
+
+    monkeypatch.setattr(killed, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit(killed, tmp_path / "run", [3, 6], lambda _: None)
+    again = trainer()
+    assert fit(again, tmp_path / "run", [3, 6], lambda _: stopped_at.append(again.step))
+    assert stopped_at == [6] and again.last_losses == straight.last_losses
+    for name, tensor in straight.peer.state_dict().items():
+        assert torch.equal(tensor, again.peer.state_dict()[name]), name
+
+
+def test_a_loss_that_is_not_finite_names_the_learning_rate(tiny, scene, tmp_path):
+    trainer = Trainer("flow", tiny, scene, tmp_path, lr=0.5, steps=6)
+    torch.nn.init.constant_(trainer.peer.table.weight, float("nan"))
+    with pytest.raises(UsageError, match=r"learning rate 0\.5: take it out of flow\.lrs"):
+        trainer.update()
+
+
+class Pixels:
+    """Features that need no network: 2x2 pixels."""
+
+    def __call__(self, pictures):
+        small = [torch.tensor(list(p.resize((2, 2)).tobytes())).float() for p in pictures]
+        return torch.stack(small) / 255
+
+
+@pytest.fixture
+def command(mapping, scene, tmp_path, monkeypatch):
+    """Runs `bench peers` on a recipe file; gives the exit status."""
+    monkeypatch.setattr(quality, "EfficientNetLite0", Pixels)
+    monkeypatch.setattr(quality, "load_emoji", lambda size: scene.data)
+    monkeypatch.setattr(run, "Scene", lambda recipe: scene)  # reading it takes seconds
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return lambda *more: main(["bench", "peers", str(path), "--out", str(tmp_path / "out"), *more])
+
+
+def test_the_command_runs_all_peers_and_goes_on_where_it_was(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command("--only", "ours", "flow", "ours.lrs=[0.001,0.01]") == 0
+    plan = json.loads((out / "ours" / "plan.json").read_text())
+    assert set(plan["search"]) == {"0.001", "0.01"}
+    assert plan["search"][f"{plan['lr']:g}"] == min(plan["search"].values())
+    results = json.loads((out / "flow" / "results.json").read_text())
+    spent = results["curve"][-1]["flops"]
+    assert abs(spent - 2e7) <= plan["flops_per_update"]
+    assert len(results["curve"]) == 2
+    assert [entry["steps"] for entry in results["sampling"]] == [3, 2]
+
+    begun = (out / "ours" / "results.json").stat().st_mtime_ns
+    assert command("ours.lrs=[0.001,0.01]") == 0  # the rest
+    assert (out / "ours" / "results.json").stat().st_mtime_ns == begun
+    table = capsys.readouterr().out
+    assert all(title in table for title in report.TITLES.values())
+    for name in ("flops", "seconds", "sampling"):
+        assert (out / f"quality-{name}.svg").read_text().count("<svg") == 1
+
+    assert command() == 1  # another recipe in the same folder
+    assert "was begun with ours.lrs" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(command, tmp_path, capsys, monkeypatch):
+    update = Trainer.update
+
+    def interrupted(self):
+        loss = update(self)
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", interrupted)
+        assert command("--only", "flow") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    saved = tmp_path / "out" / "flow" / "run" / "step-0000001.safetensors"
+    assert saved.exists()
+    assert command("--only", "flow") == 0
+    log = (tmp_path / "out" / "flow" / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in log]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 1
+
+
+def test_a_peer_without_its_library_stays_in_the_table(command, capsys, monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    monkeypatch.setitem(registry.MAKERS, "flow", missing)
+    assert command("--only", "flow") == 0
+    assert "not run: needs the package diffusers" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(command, capsys):
+    assert command("--only", "flo") == 1
+    assert "--only flo: no such peer: choose among ours, flow" in capsys.readouterr().err
+    assert command("flow.ffn=100") == 1
+    assert "flow.ffn is 100: the library's blocks have 4 * width = 128" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_measured_are_refused(mapping, scene, tmp_path):
+    def made(**changed):
+        name = next(iter(changed))
+        altered = {**mapping, name: {**mapping[name], **changed[name]}}
+        return make(name, recipe.from_dict(PeerBench, altered, "altered"), scene, tmp_path)
+
+    with pytest.raises(RecipeError, match="steps is empty"):
+        made(flow={"steps": []})
+    with pytest.raises(RecipeError, match=r"ours\.steps: the method fixes it at 3"):
+        made(ours={"steps": [50]})
+    with pytest.raises(RecipeError, match="lrs: name at least one"):
+        made(ours={"lrs": []})
