@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.evaluate import Suite, choose
+from mmrdpm.evaluation.emoji import choose
 from mmrdpm.metrics.features import EfficientNetLite0, ranks
 from mmrdpm.metrics.proportion import Proportion
 from mmrdpm.metrics.reconstruction import psnr, ssim
@@ -59,7 +59,7 @@ def test_ranks_by_hand():
 
 def test_the_backbone_finds_every_emoji_again_when_it_is_made_small():
     data = load_emoji(72)
-    chosen = choose(data, "train", Suite(names=12))
+    chosen = choose(data, "train", 12, seed=0)
     assert len(set(chosen)) == 12 and not any(data.tones[i] for i in chosen)
     real = [Image.fromarray(data.images[i]) for i in chosen]
     features = EfficientNetLite0()
