@@ -21,7 +21,7 @@ from mmrdpm.metrics.distance import (
     kernel_distance,
     kernel_interval,
 )
-from mmrdpm.metrics.features import EfficientNetLite0, ranks
+from mmrdpm.metrics.features import EfficientNetLite0, kept, ranks
 
 _FULL_SIZE = 72  # pixels of the emoji as they come
 
@@ -42,12 +42,13 @@ class Judge:
             raise DataError("a gallery needs at least one picture, and every name once")
         self.features = features
         self.place = {name: place for place, name in enumerate(names)}
-        self.gallery = features(pictures)
+        key = digest_of_pictures(pictures, names)
+        self.gallery = kept(features, pictures, key)
         self.protocol: Protocol = {
             **features.protocol,
             "nearness": "cosine after subtracting the gallery's mean",
             "gallery": len(names),
-            "gallery_sha256": digest_of_pictures(pictures, names),
+            "gallery_sha256": key,
         }
 
     def ranks(self, pictures: Pictures, names: Sequence[str]) -> list[int]:

@@ -16,7 +16,7 @@ from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation import captioned, drawn, likelihood
-from mmrdpm.evaluation.figure import Figure, Protocol, digest_of_pictures
+from mmrdpm.evaluation.figure import Figure, Protocol, digest, digest_of_pictures
 from mmrdpm.evaluation.part import Part
 from mmrdpm.evaluation.store import Store, read_lines
 from mmrdpm.evaluation.suite import GROUPS, EmojiSuite
@@ -37,14 +37,16 @@ class Group:
     concepts: list[str]
     pictures: list[Image.Image]
 
-    def first(self, count: int) -> Group:
-        """The same with at most `count` emoji."""
+    def some(self, count: int) -> Group:
+        """The same with at most `count` emoji, evenly over all: their order is that of kinds."""
+        size = len(self.names)
+        places = [i * size // count for i in range(count)] if count < size else range(size)
         return Group(
             self.name,
-            self.indices[:count],
-            self.names[:count],
-            self.concepts[:count],
-            self.pictures[:count],
+            [self.indices[i] for i in places],
+            [self.names[i] for i in places],
+            [self.concepts[i] for i in places],
+            [self.pictures[i] for i in places],
         )
 
     @property
@@ -89,7 +91,7 @@ class EmojiEvaluation:
         }
         for metric in self.suite.metrics:
             if metric == "bits_per_byte":
-                yield Part(metric, self._of(), self.bits_per_byte)
+                yield Part(metric, [self._of(), digest(self._texts)], self.bits_per_byte)
             elif metric in once:
                 name, make = once[metric]
                 found = [group for group in self.groups if group.name == name]
@@ -161,7 +163,7 @@ class EmojiEvaluation:
 
     def retrieval(self, group: Group) -> list[Figure]:
         """Which caption belongs to which picture, by likelihood."""
-        few = group.first(self.suite.retrieval)
+        few = group.some(self.suite.retrieval)
         figures = likelihood.retrieval(self.model, few.pictures, few.names)
         return [self._figure("likelihood", few, figure) for figure in figures]
 
@@ -174,7 +176,7 @@ class EmojiEvaluation:
 
     def guidance(self, group: Group) -> list[Figure]:
         """Named in the top 10 against the guidance scale."""
-        few = group.first(self.suite.guidance_names)
+        few = group.some(self.suite.guidance_names)
         figures = []
         for scale in self.suite.guidance_scales:
             pictures = self.draw(few, scale=scale)
@@ -186,15 +188,10 @@ class EmojiEvaluation:
     def bits_per_byte(self) -> list[Figure]:
         """Of texts from a file, or of the embedded definitions."""
         path = self.suite.texts
-        texts = read_lines(Path(path)) if path else load_glosses()
         data = path or "embedded WordNet definitions, which training shows"
-        random = np.random.default_rng(self.suite.seed)
-        count = min(self.suite.texts_count, len(texts))
-        chosen = sorted(random.choice(len(texts), count, replace=False).tolist())
-        figure = likelihood.bits_per_byte(self.model, [texts[i] for i in chosen], data)
-        return [
-            replace(figure, name=f"text/{Path(path).stem if path else 'definitions'}/{figure.name}")
-        ]
+        figure = likelihood.bits_per_byte(self.model, self._texts, data)
+        kind = Path(path).stem if path else "definitions"
+        return [replace(figure, name=f"text/{kind}/{figure.name}")]
 
     def draw(self, group: Group, offset: int = 0, scale: float | None = None) -> list[Image.Image]:
         """A picture of each name, drawn with the seed `suite.seed + offset`."""
@@ -221,11 +218,9 @@ class EmojiEvaluation:
         if not self._draws:
             return
         for group in self.groups:
-            few = group.first(_SHOWN)
-            made = self.draw(group)[:_SHOWN]
-            rows = []
+            made, rows = self.draw(group)[:_SHOWN], []
             for i in range(0, len(made), _COLUMNS):
-                rows += [made[i : i + _COLUMNS], few.pictures[i : i + _COLUMNS]]
+                rows += [made[i : i + _COLUMNS], group.pictures[:_SHOWN][i : i + _COLUMNS]]
             yield f"Drawn (above) and real (below), {group.name}", contact_sheet(rows, 2)
         names = self.groups[0].names[:_STRIPS]
         strips = [self.model.trace(name, self.suite.seed) for name in names]
@@ -239,6 +234,14 @@ class EmojiEvaluation:
     def judge(self) -> drawn.Judge:
         self.store.say("features of the gallery")
         return drawn.emoji_judge(self.features)
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        path = self.suite.texts
+        texts = read_lines(Path(path)) if path else load_glosses()
+        random = np.random.default_rng(self.suite.seed)
+        count = min(self.suite.texts_count, len(texts))
+        return [texts[i] for i in sorted(random.choice(len(texts), count, replace=False))]
 
     @property
     def _draws(self) -> bool:

@@ -54,11 +54,11 @@ def evaluate(
         MmrdpmError: the model lacks what the suite needs, the data are too few or missing, or
             nothing at all could be computed.
     """
-    folder, weights = _subject(model, suite)
-    out = out or default_folder(folder, suite_name)
+    home, folder, weights = _subject(model, suite)
+    out = out or default_folder(home, suite_name)
     store = Store(out, sha256_of(weights))
     evaluation = _evaluation(folder, suite, store)
-    results = Results(suite_name, recipe.to_dict(suite), folder.name, store.weights_sha256, [], [])
+    results = Results(suite_name, recipe.to_dict(suite), home.name, store.weights_sha256, [], [])
     missing: MissingEvaluator | None = None
     for part in evaluation.parts():
         store.say(part.name)
@@ -81,11 +81,11 @@ def default_folder(folder: Path, suite_name: str) -> Path:
     return folder / "eval" / suite_name
 
 
-def _subject(model: str, suite: Suite) -> tuple[Path, Path]:
-    """The folder of what is measured, and the file of its weights."""
+def _subject(model: str, suite: Suite) -> tuple[Path, Path, Path]:
+    """The folder that the user named, that of what is measured, and the file of its weights."""
     if isinstance(suite, TokenizerSuite):
-        folder = _tokenizer_folder(model)
-        return folder, folder / image_tokenizer.WEIGHTS_FILE
+        home, folder = _tokenizer_folder(model)
+        return home, folder, folder / image_tokenizer.WEIGHTS_FILE
     folder = shipped.resolve("models", model)
     weights = checkpoint.newest(folder) if folder.is_dir() else None
     if weights is None:
@@ -94,18 +94,18 @@ def _subject(model: str, suite: Suite) -> tuple[Path, Path]:
         raise CheckpointError(
             f"{folder}: no trained model, which this suite needs{hint or ': give a run folder'}"
         )
-    return folder, weights
+    return folder, folder, weights
 
 
-def _tokenizer_folder(name: str) -> Path:
-    """An image tokeniser's folder: itself, or that inside a model."""
+def _tokenizer_folder(name: str) -> tuple[Path, Path]:
+    """The named folder, and an image tokeniser's: itself, or that inside a model."""
     try:
         folder = shipped.resolve("tokenizers", name)
     except MmrdpmError:
         folder = shipped.resolve("models", name)
     for place in (folder, folder / IMAGE_TOKENIZER):
         if (place / image_tokenizer.SPEC_FILE).is_file():
-            return place
+            return folder, place
     raise CheckpointError(
         f"{folder}: no image tokeniser, which this suite needs: give a folder that holds"
         f" {image_tokenizer.SPEC_FILE}, or a run"

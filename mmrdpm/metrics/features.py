@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmrdpm.errors import DataError
+from mmrdpm import weights
+from mmrdpm.errors import CheckpointError, DataError
 
 
 class MissingEvaluator(DataError):
@@ -59,6 +62,23 @@ class EfficientNetLite0:
             return torch.empty(0, self.width)
         maps = [self.network.extract_features(_input(p)[None]) for p in pictures]  # type: ignore[operator]
         return torch.cat([m.mean(dim=(2, 3)) for m in maps])
+
+
+def kept(features: EfficientNetLite0, pictures: Sequence[Image.Image], key: str) -> Tensor:
+    """Features of a set that is needed again and again, kept in the user's cache folder.
+
+    Args:
+        key: a hash of the pictures.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrdpm"
+    version = hashlib.sha256(f"{features.protocol} {torch.__version__} {key}".encode())
+    path = cache / f"features-{version.hexdigest()[:20]}.safetensors"
+    if path.is_file():
+        return weights.load(path)[0]["features"]
+    found = features(pictures)
+    with suppress(OSError, CheckpointError):  # a folder that cannot be written costs time, no more
+        weights.save({"features": found}, path)
+    return found
 
 
 def sha256_of(path: Path) -> str:
