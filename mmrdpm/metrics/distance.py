@@ -57,20 +57,27 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         DataError: a set has fewer than two samples.
     """
     _check(x, y)
-    x, y = x.double(), y.double()
-    a, b = (torch.linalg.qr(_centred(z), mode="r").R for z in (x, y))
-    root = torch.linalg.svdvals(a @ b.T).sum()
-    apart = (x.mean(0) - y.mean(0)).square().sum()
-    return (apart + a.square().sum() + b.square().sum() - 2 * root).item()
+    return _frechet(_spread(x), _spread(y))
 
 
 def frechet_interval(x: Tensor, y: Tensor, value: float, seed: int = 0) -> Interval:
     """95% interval of `frechet_distance` over the choice of the samples `x`; `y` is given."""
-    return bootstrap(lambda chosen: frechet_distance(x[chosen], y), value, len(x), seed)
+    given = _spread(y)
+    return bootstrap(lambda chosen: _frechet(_spread(x[chosen]), given), value, len(x), seed)
 
 
-def _centred(x: Tensor) -> Tensor:
-    return (x - x.mean(0)) / (len(x) - 1) ** 0.5
+def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean `[F]`, and an R `[min(n, F), F]` with `R^T R` the covariance, of `[n, F]`."""
+    x = x.double()
+    mean = x.mean(0)
+    return mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
+
+
+def _frechet(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> float:
+    (mean_x, a), (mean_y, b) = x, y
+    root = torch.linalg.svdvals(a @ b.T).sum()
+    apart = (mean_x - mean_y).square().sum()
+    return (apart + a.square().sum() + b.square().sum() - 2 * root).item()
 
 
 def _kernels(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
