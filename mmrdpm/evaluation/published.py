@@ -63,8 +63,13 @@ class ImagenetEvaluation:
             )
         self.prompts = read_lines(Path(suite.prompts))
         self.reference = pictures_in(Path(suite.reference))
-        if len(self.reference) < 2:
-            raise DataError(f"{suite.reference}: a reference needs at least 2 pictures")
+        needed = _NEIGHBOURS + 1 if "precision_recall" in suite.metrics else 2
+        if min(suite.samples, len(self.reference)) < needed:
+            raise DataError(
+                f"{', '.join(suite.metrics)} need at least {needed} pictures on each side, not"
+                f" {suite.samples} samples and {len(self.reference)} real ones: raise samples, or"
+                " add to the reference"
+            )
         self.inception = Inception(Path(suite.inception), model.transformer.table.weight.device)
 
     def parts(self) -> Iterator[Part]:
@@ -103,11 +108,6 @@ class ImagenetEvaluation:
         from torch_fidelity import metric_prc
 
         drawn, real = self._drawn[0], self._real[0]
-        if min(len(drawn), len(real)) <= _NEIGHBOURS:
-            raise DataError(
-                f"precision and recall need more than {_NEIGHBOURS} pictures on each side, not"
-                f" {len(drawn)} and {len(real)}: raise samples, or add to the reference"
-            )
         found = metric_prc.prc_features_to_metric(
             drawn, real, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
@@ -197,7 +197,7 @@ class Inception:
             )
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "inception.pth"
-            torch.save(_tensors(weights), plain)
+            torch.save(read_weights(weights), plain)
             try:
                 self.network = FeatureExtractorInceptionV3(
                     "inception-v3-compat",
@@ -253,7 +253,12 @@ def read_batch(files: Sequence[Path], size: int) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch saved.
+
+    Raises:
+        DataError: it is damaged, or holds more than tensors.
+    """
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
