@@ -91,11 +91,10 @@ def assert_mistake(answer, *says):
 
 def test_plain_pictures_are_judged_without_a_model(judge, real):
     small = [picture.resize((32, 32)) for picture in real]
-    found = drawn.named_in_top(judge, small, NAMES, 1)
+    found, _ = drawn.named_in_top(judge, small, NAMES)
     assert (found.value, found.count) == (1.0, 5)
     turned = NAMES[1:] + NAMES[:1]
-    assert drawn.named_in_top(judge, small, turned, 1).value == 0
-    assert drawn.named_in_top(judge, small, turned, 5).value == 1
+    assert [f.value for f in drawn.named_in_top(judge, small, turned, [1, 5])] == [0, 1]
     assert found.protocol["resolution"] == "32x32" and found.protocol["gallery"] == 5
     assert re.fullmatch("[0-9a-f]{64}", found.protocol["evaluator_sha256"])
 
@@ -116,9 +115,9 @@ def test_judges_refuse_what_makes_no_sense(judge, real):
     with pytest.raises(DataError, match="mismatched resolutions: pictures of 32x32 and of 72x72"):
         drawn.kid(judge.features, [p.resize((32, 32)) for p in real], real)
     with pytest.raises(DataError, match="0 pictures for 0 names"):
-        drawn.named_in_top(judge, [], [], 1)
+        drawn.named_in_top(judge, [], [])
     with pytest.raises(DataError, match="'lantern': no such name in the gallery"):
-        drawn.named_in_top(judge, real[:1], ["lantern"], 1)
+        drawn.named_in_top(judge, real[:1], ["lantern"])
     with pytest.raises(DataError, match="at least 2 seeds"):
         drawn.diversity(judge.features, [real])
 

@@ -6,7 +6,7 @@ the same code as our own model:
     from mmrdpm.evaluation import captioned, drawn
 
     judge = drawn.emoji_judge()                              # all emoji without a skin tone
-    print(drawn.named_in_top(judge, pictures, ["red heart", "pizza"], 10))
+    top_1, top_10 = drawn.named_in_top(judge, pictures, ["red heart", "pizza"])
     print(drawn.kid(judge.features, pictures, reference))
     print(captioned.cider(["a red heart"], [["red heart"]]))
 

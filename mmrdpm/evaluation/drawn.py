@@ -72,11 +72,22 @@ def emoji_judge(features: EfficientNetLite0 | None = None) -> Judge:
     return Judge(features or EfficientNetLite0(), [data.concepts[i] for i in chosen], pictures)
 
 
-def named_in_top(judge: Judge, pictures: Pictures, names: Sequence[str], top: int) -> Figure:
-    """The share of pictures that have their own name among the `top` nearest of the gallery."""
+def named_in_top(
+    judge: Judge, pictures: Pictures, names: Sequence[str], tops: Sequence[int] = (1, 10)
+) -> list[Figure]:
+    """The share of pictures that have their own name among the nearest of the gallery.
+
+    Args:
+        tops: how many count as the nearest; a figure each.
+    """
     places = judge.ranks(pictures, names)
-    protocol = {**judge.protocol, **_resolution(pictures), "top": top, "count": len(places)}
-    return Figure.share(f"named in top {top}", [place <= top for place in places], protocol)
+    protocol = {**judge.protocol, **_resolution(pictures), "count": len(places)}
+    return [
+        Figure.share(
+            f"named in top {top}", [place <= top for place in places], {**protocol, "top": top}
+        )
+        for top in tops
+    ]
 
 
 def kid(features: EfficientNetLite0, pictures: Pictures, reference: Pictures) -> Figure:

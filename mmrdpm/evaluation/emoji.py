@@ -106,9 +106,9 @@ class EmojiEvaluation:
         codes = self.model.reconstruct(group.pictures)
         pictures = {"drawn": self.draw(group), "real": group.pictures, "through codes": codes}
         return [
-            self._figure(what, group, drawn.named_in_top(self.judge, shown, group.concepts, top))
+            self._figure(what, group, figure)
             for what, shown in pictures.items()
-            for top in (1, 10)
+            for figure in drawn.named_in_top(self.judge, shown, group.concepts)
         ]
 
     def tone(self, group: Group) -> list[Figure]:
@@ -180,7 +180,7 @@ class EmojiEvaluation:
         figures = []
         for scale in self.suite.guidance_scales:
             pictures = self.draw(few, scale=scale)
-            figure = drawn.named_in_top(self.judge, pictures, few.concepts, 10)
+            (figure,) = drawn.named_in_top(self.judge, pictures, few.concepts, [10])
             named = replace(figure, name=f"{figure.name} at guidance {scale:g}")
             figures.append(self._figure("guidance", few, named, scale=scale))
         return figures
