@@ -1,7 +1,7 @@
 """Judges drawn pictures: plain pictures and names in, figures out, whatever drew them.
 
 judge = Judge(features, gallery_names, gallery_pictures)
-named_in_top(judge, pictures, names, 10)
+    top_1, top_10 = named_in_top(judge, pictures, names)
 kid(features, pictures, reference)
 """
 
