@@ -1,8 +1,10 @@
 """Judges drawn pictures: plain pictures and names in, figures out, whatever drew them.
 
-judge = Judge(features, gallery_names, gallery_pictures)
+    judge = Judge(features, gallery_names, gallery_pictures)
     top_1, top_10 = named_in_top(judge, pictures, names)
-kid(features, pictures, reference)
+    distance = kid(features, pictures, reference)
+
+Each figure carries its interval and its protocol.
 """
 
 from __future__ import annotations
