@@ -13,7 +13,7 @@ FLOORS = [
     {"document", "transformer", "objective", "data"},
     {"sampling", "optim", "checkpoint", "monitor", "metrics"},
     {"api"},
-    {"train_tokenizer", "train_model", "evaluate", "evaluate_tokenizer"},
+    {"train_tokenizer", "train_model", "evaluation"},
     {"bench", "export", "quickstart", "sweep"},
     {"cli", "__main__"},
 ]

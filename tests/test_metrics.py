@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -6,8 +7,11 @@ import torch
 from PIL import Image
 
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.evaluate import Suite, choose
-from mmrdpm.metrics.features import EfficientNetLite0, ranks
+from mmrdpm.errors import DataError
+from mmrdpm.evaluation.emoji import choose
+from mmrdpm.metrics.distance import frechet_distance, kernel_distance, kernel_interval
+from mmrdpm.metrics.features import EfficientNetLite0, kept, ranks
+from mmrdpm.metrics.interval import mean_interval
 from mmrdpm.metrics.proportion import Proportion
 from mmrdpm.metrics.reconstruction import psnr, ssim
 
@@ -59,9 +63,86 @@ def test_ranks_by_hand():
 
 def test_the_backbone_finds_every_emoji_again_when_it_is_made_small():
     data = load_emoji(72)
-    chosen = choose(data, "train", Suite(names=12))
+    chosen = choose(data, "train", 12, seed=0)
     assert len(set(chosen)) == 12 and not any(data.tones[i] for i in chosen)
     real = [Image.fromarray(data.images[i]) for i in chosen]
     features = EfficientNetLite0()
     found = ranks(features([p.resize((32, 32)) for p in real]), features(real), list(range(12)))
     assert found.count(1) >= 11
+
+
+def test_the_kernel_distance_equals_its_definition_pair_by_pair():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(5, 4)), random.normal(size=(7, 4)) + 0.5
+
+    def kernel(a, b):
+        return (a @ b / 4 + 1) ** 3
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    expected = (
+        mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+        + mean([kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+        - 2 * mean([kernel(a, b) for a in x for b in y])
+    )
+    found = kernel_distance(torch.tensor(x), torch.tensor(y))
+    assert found == pytest.approx(expected)
+    low, high = kernel_interval(torch.tensor(x), torch.tensor(y), found)
+    assert low < found < high
+
+
+def test_the_kernel_distance_is_unbiased():
+    """Its mean over many pairs of samples of one distribution is zero, and it is often negative."""
+    random = torch.Generator().manual_seed(0)
+    found = [
+        kernel_distance(*(torch.randn(6, 3, generator=random) for _ in range(2)))
+        for _ in range(400)
+    ]
+    assert abs(np.mean(found)) < 3 * np.std(found) / 20
+    assert min(found) < 0
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_the_frechet_distance_equals_that_of_matrix_roots(count):
+    """Fewer samples than features, and more: against the eigenvalues of the product."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 8, generator=random, dtype=torch.float64)
+    y = torch.randn(30, 8, generator=random, dtype=torch.float64) * 2 + 1
+    a, b = (np.cov(z.numpy(), rowvar=False) for z in (x, y))
+    root = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+    apart = (x.mean(0) - y.mean(0)).square().sum().item()
+    expected = apart + np.trace(a) + np.trace(b) - 2 * root
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(y, y) == pytest.approx(0, abs=1e-9)
+
+
+def test_distances_refuse_a_single_sample():
+    one, two = torch.zeros(1, 4), torch.zeros(2, 4)
+    for distance in (kernel_distance, frechet_distance):
+        with pytest.raises(DataError, match="at least 2 pictures in each, not 1"):
+            distance(two, one)
+
+
+def test_the_bootstrap_agrees_with_the_standard_error_of_a_mean():
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    mean, (low, high) = mean_interval(values.tolist())
+    assert mean == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.15)
+    assert mean_interval(values.tolist()) == (mean, (low, high))
+
+
+def test_kept_features_are_read_again_only_for_the_same_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    class Features:
+        protocol: ClassVar = {"evaluator": "a count"}
+
+        def __call__(self, pictures):
+            calls.append(len(pictures))
+            return torch.full((len(pictures), 2), 7.0)
+
+    first = kept(Features(), [None] * 3, "a")
+    assert torch.equal(kept(Features(), [None] * 3, "a"), first) and calls == [3]
+    assert len(kept(Features(), [None] * 4, "b")) == 4 and calls == [3, 4]

@@ -227,12 +227,6 @@ def test_captions_are_padded_on_the_left_and_text_is_causal():
     ]
 
 
-def test_kernel_distance_is_the_unbiased_estimate():
-    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
-    # k(a, b) = (ab + 1)^3: within x (1*2+1)^3 = 27, within y 1, across 1, 64, 1, 343
-    assert quality.kernel_distance(x, y) == pytest.approx(27 + 1 - 2 * (1 + 64 + 1 + 343) / 4)
-
-
 def test_a_peer_of_another_size_is_refused(mapping, scene, tmp_path):
     deep = {**mapping, "equal": {"tolerance": 0.05}, "scales": {**TINY, "layers": 4}}
     with pytest.raises(RecipeError, match=r"scales has .* parameters, ours"):

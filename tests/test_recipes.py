@@ -2,8 +2,9 @@
 
 import pytest
 
-from mmrdpm import evaluate, recipe, shipped
+from mmrdpm import recipe, shipped
 from mmrdpm.errors import MmrdpmError
+from mmrdpm.evaluation import suite
 from mmrdpm.train_model import ModelRecipe
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, TextTokenizerRecipe
 
@@ -25,7 +26,8 @@ def test_a_shipped_recipe_fits_its_schema(path):
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
 def test_a_shipped_suite_fits_its_schema(path):
-    recipe.load(evaluate.Suite, path)
+    assert f"--suite {path.stem}" in path.read_text().split("kind:")[0]
+    suite.load(path)
 
 
 def test_shipped_things_are_found_by_name_and_by_path():

@@ -151,14 +151,6 @@ def test_the_table_has_mean_and_spread_over_seeds():
     assert line == "| a | 2 | 20.0% ± 14.1% |"
 
 
-def test_kernel_distance_worked_by_hand():
-    """F = 1, kernel (xy + 1)^3: x = 0, 0 and y = 1, 1: 1 + 8 - 2."""
-    x, y = torch.zeros(2, 1), torch.ones(3, 1)
-    assert measure.kernel_distance(x, y) == pytest.approx(7)
-    same = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
-    assert abs(measure.kernel_distance(same[:200], same[200:])) < 0.2
-
-
 def test_the_head_finds_what_positions_share():
     """Four equal codes of 2: ln 2 each apart, ln 2 for all together."""
     torch.manual_seed(0)

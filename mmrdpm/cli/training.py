@@ -8,11 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmrdpm import evaluate, recipe, shipped, text_tokenizer
+from mmrdpm import recipe, shipped, text_tokenizer
 from mmrdpm.cli.common import INTERRUPTED, Commands, command, group, recipe_file, run_options
+from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.pictures import contact_sheet, open_picture, to_pictures, to_square, to_tensor
 from mmrdpm.errors import CheckpointError, UsageError
-from mmrdpm.evaluate_tokenizer import evaluate_images, evaluate_texts
+from mmrdpm.evaluation.suite import GROUPS
+from mmrdpm.evaluation.tokenizer import WAYS, measure_images, measure_texts
 from mmrdpm.export import export
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.train_model import ModelRecipe, train
@@ -76,21 +78,24 @@ def tokenizer_eval(options: argparse.Namespace) -> None:
     """Prints what a tokeniser loses and how it uses its codes."""
     folder = _tokenizer(options.tokenizer)
     if not (folder / image_tokenizer.SPEC_FILE).is_file():
-        figures = evaluate_texts(text_tokenizer.load(folder))
+        figures = measure_texts(text_tokenizer.load(folder))
         print(f"ids {figures.size}, {figures.bytes_per_token:.2f} bytes per token")
         print(f"{figures.texts} texts, {figures.broken} changed by a round trip")
         return
     tokenizer = image_tokenizer.load(folder)
-    for title, split in evaluate.GROUPS.items():
-        f = evaluate_images(tokenizer, split)
-        print(f"{title}: {f.count} pictures")
-        print(f"  PSNR  autoencoder {f.psnr[0]:.2f} dB, codes {f.psnr[1]:.2f} dB", end="")
-        print(f" (cost {f.psnr[0] - f.psnr[1]:.2f} dB)")
-        print(f"  SSIM  autoencoder {f.ssim[0]:.4f}, codes {f.ssim[1]:.4f}")
+    data = load_emoji(tokenizer.image_size)
+    for title, split in GROUPS.items():
+        found = measure_images(tokenizer, data.images[data.indices(split)])
+        plain, coded = (found.psnr[way].mean().item() for way in WAYS)
+        likeness = [found.ssim[way].mean().item() for way in WAYS]
+        print(f"{title}: {len(found.psnr['codes'])} pictures")
+        print(f"  PSNR  autoencoder {plain:.2f} dB, codes {coded:.2f} dB", end="")
+        print(f" (cost {plain - coded:.2f} dB)")
+        print(f"  SSIM  autoencoder {likeness[0]:.4f}, codes {likeness[1]:.4f}")
         steps = range(tokenizer.num_timesteps, 0, -1)
         print("  timestep         " + "".join(f"{t:7d}" for t in steps))
-        print("  latent error     " + "".join(f"{e:7.3f}" for e in f.latent_error))
-        print("  codebook usage   " + "".join(f"{u:7.1%}" for u in f.usage))
+        print("  latent error     " + "".join(f"{e.mean():7.3f}" for e in found.latent_error))
+        print("  codebook usage   " + "".join(f"{u:7.1%}" for u in found.usage))
 
 
 def tokenizer_show(options: argparse.Namespace) -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from mmrdpm.api import Model
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.evaluate import Judge, Suite, choose
-from mmrdpm.metrics.features import EfficientNetLite0, ranks
+from mmrdpm.evaluation import drawn
+from mmrdpm.evaluation.drawn import Judge
+from mmrdpm.evaluation.emoji import choose
 from mmrdpm.sweep.information import information, text_loss
 from mmrdpm.sweep.spec import Measures
 
-_FULL_SIZE = 72  # pixels of the pictures as they come
 _PART = 20  # pictures between two movements of the progress bar
 
 
@@ -32,14 +29,13 @@ class Measurer:
 
     def __call__(self, model: Model, plan: Measures) -> dict[str, Any]:
         """A line of results: see `drawing`, `captions` and `losses`."""
-        data = self.judge.data
-        chosen = choose(data, "train", Suite(plan.names, plan.seed))
-        small = load_emoji(model.images.image_size).images[chosen]
-        real = [Image.fromarray(square) for square in small]
+        data = load_emoji(model.images.image_size)
+        chosen = choose(data, "train", plan.names, plan.seed)
+        real = [Image.fromarray(data.images[i]) for i in chosen]
         names = [data.names[i] for i in chosen]
         return {
             "pictures": len(chosen),
-            **self.drawing(model, chosen, real, plan.seed),
+            **self.drawing(model, names, real, plan.seed),
             **captions(model, names, real),
             **losses(model, plan),
         }
@@ -47,26 +43,19 @@ class Measurer:
     @cached_property
     def judge(self) -> Judge:
         """All emoji without a skin tone at full size, and their features."""
-        return Judge(load_emoji(_FULL_SIZE), EfficientNetLite0())
+        return drawn.emoji_judge()
 
     def drawing(
-        self, model: Model, chosen: list[int], real: list[Image.Image], seed: int
+        self, model: Model, names: list[str], real: list[Image.Image], seed: int
     ) -> dict[str, float]:
         """`top1`, `top10`: shares of drawn pictures whose own emoji is among the nearest.
 
         `kid`: kernel distance of their features from those of the real pictures at their size.
         """
-        judge = self.judge
-        names = [judge.data.names[i] for i in chosen]
-        drawn = [p for part in _parts(names, "drawing") for p in model.generate(part, seed=seed)]
-        features = judge.features(drawn)
-        truths = [judge.place[judge.data.concepts[i]] for i in chosen]
-        places = np.array(ranks(features, judge.gallery, truths))
-        return {
-            "top1": float((places <= 1).mean()),
-            "top10": float((places <= 10).mean()),
-            "kid": kernel_distance(features, judge.features(real)),
-        }
+        pictures = [p for part in _parts(names, "drawing") for p in model.generate(part, seed=seed)]
+        top_1, top_10 = drawn.named_in_top(self.judge, pictures, names)
+        distance = drawn.kid(self.judge.features, pictures, real)
+        return {"top1": top_1.value, "top10": top_10.value, "kid": distance.value}
 
 
 def captions(model: Model, names: list[str], real: list[Image.Image]) -> dict[str, float]:
@@ -95,22 +84,6 @@ def losses(model: Model, plan: Measures) -> dict[str, Any]:
             steps = [u - j for u, j in zip(upper, found.joint, strict=True)]
             figures |= {f"{name}_steps": steps, name: positions * sum(steps)}
     return figures
-
-
-def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """KID: the unbiased squared MMD with the kernel `(x . y / F + 1)^3`; may be negative.
-
-    Bińkowski et al. 2018 (arXiv 1801.01401, section 3); features `[n, F]` and `[m, F]`, n, m >= 2.
-    """
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
-
-    def off_diagonal_mean(k: Tensor) -> Tensor:
-        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
-
-    within = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y))
-    return torch.sub(within, kernel(x, y).mean(), alpha=2).item()
 
 
 def _parts(things: list[Any], title: str) -> Any:

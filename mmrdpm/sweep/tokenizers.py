@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmrdpm import checkpoint
-from mmrdpm.data.emoji import Split
-from mmrdpm.evaluate_tokenizer import evaluate_images
+from mmrdpm.data.emoji import Split, load_emoji
+from mmrdpm.evaluation.tokenizer import WAYS, measure_images
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.spec import Sweep, Variant, tokenizer_owner, tokenizer_recipe
@@ -46,14 +46,17 @@ def figures(folder: Path) -> dict[str, Any]:
     Keys: `psnr_autoencoder` and `psnr` in dB, `psnr_cost` their difference, `ssim`, and per step,
     T first, `latent_error` (mean square, the latent's variance is 1) and `usage` (0..1).
     """
-    measured = evaluate_images(image_tokenizer.load(folder), SPLIT)
+    tokenizer = image_tokenizer.load(folder)
+    data = load_emoji(tokenizer.image_size)
+    measured = measure_images(tokenizer, data.images[data.indices(SPLIT)])
+    alone, coded = (measured.psnr[way].mean().item() for way in WAYS)
     return {
         "split": SPLIT,
-        "pictures": measured.count,
-        "psnr_autoencoder": measured.psnr[0],
-        "psnr": measured.psnr[1],
-        "psnr_cost": measured.psnr[0] - measured.psnr[1],
-        "ssim": measured.ssim[1],
-        "latent_error": measured.latent_error,
+        "pictures": len(measured.psnr[WAYS[0]]),
+        "psnr_autoencoder": alone,
+        "psnr": coded,
+        "psnr_cost": alone - coded,
+        "ssim": measured.ssim[WAYS[1]].mean().item(),
+        "latent_error": measured.latent_error.mean(1).tolist(),
         "usage": measured.usage,
     }

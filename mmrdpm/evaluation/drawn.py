@@ -1,0 +1,187 @@
+"""Judges drawn pictures: plain pictures and names in, figures out, whatever drew them.
+
+    judge = Judge(features, gallery_names, gallery_pictures)
+    top_1, top_10 = named_in_top(judge, pictures, names)
+    distance = kid(features, pictures, reference)
+
+Each figure carries its interval and its protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.errors import DataError
+from mmrdpm.evaluation.figure import Figure, Protocol, digest_of_pictures
+from mmrdpm.metrics.distance import (
+    frechet_distance,
+    frechet_interval,
+    kernel_distance,
+    kernel_interval,
+)
+from mmrdpm.metrics.features import EfficientNetLite0, kept, ranks
+
+_FULL_SIZE = 72  # pixels of the emoji as they come
+
+Pictures = Sequence[Image.Image]
+
+
+class Judge:
+    """A gallery of named pictures, among which a drawn one has to be nearest its own.
+
+    Raises:
+        DataError: the gallery is empty, or a name is there twice.
+    """
+
+    def __init__(
+        self, features: EfficientNetLite0, names: Sequence[str], pictures: Pictures
+    ) -> None:
+        if not names or len(set(names)) != len(names):
+            raise DataError("a gallery needs at least one picture, and every name once")
+        self.features = features
+        self.place = {name: place for place, name in enumerate(names)}
+        key = digest_of_pictures(pictures, names)
+        self.gallery = kept(features, pictures, key)
+        self.protocol: Protocol = {
+            **features.protocol,
+            "nearness": "cosine after subtracting the gallery's mean",
+            "gallery": len(names),
+            "gallery_sha256": key,
+        }
+
+    def ranks(self, pictures: Pictures, names: Sequence[str]) -> list[int]:
+        """The place of each picture's own name among all of the gallery, 1 is the nearest.
+
+        Raises:
+            DataError: there are no pictures, or a name is not in the gallery.
+        """
+        check(pictures, names)
+        missing = [name for name in names if name not in self.place]
+        if missing:
+            raise DataError(f"{missing[0]!r}: no such name in the gallery: draw what it holds")
+        return ranks(self.features(pictures), self.gallery, [self.place[n] for n in names])
+
+
+def emoji_judge(features: EfficientNetLite0 | None = None) -> Judge:
+    """The gallery of all emoji without a skin tone, at full size, by concept."""
+    data = load_emoji(_FULL_SIZE)
+    chosen = data.untoned()
+    pictures = [Image.fromarray(data.images[i]) for i in chosen]
+    return Judge(features or EfficientNetLite0(), [data.concepts[i] for i in chosen], pictures)
+
+
+def named_in_top(
+    judge: Judge, pictures: Pictures, names: Sequence[str], tops: Sequence[int] = (1, 10)
+) -> list[Figure]:
+    """The share of pictures that have their own name among the nearest of the gallery.
+
+    Args:
+        tops: how many count as the nearest; a figure each.
+    """
+    places = judge.ranks(pictures, names)
+    protocol = {**judge.protocol, **_resolution(pictures), "count": len(places)}
+    return [
+        Figure.share(
+            f"named in top {top}", [place <= top for place in places], {**protocol, "top": top}
+        )
+        for top in tops
+    ]
+
+
+def kid(features: EfficientNetLite0, pictures: Pictures, reference: Pictures) -> Figure:
+    """Kernel distance, see `metrics.distance.kernel_distance`.
+
+    Raises:
+        DataError: fewer than two pictures, or pictures of different resolutions.
+    """
+    x, y, protocol = _pair(features, pictures, reference)
+    value = kernel_distance(x, y)
+    return Figure(
+        "kernel distance (EfficientNet-Lite0)",
+        value,
+        kernel_interval(x, y, value),
+        "",
+        len(x),
+        {**protocol, "kernel": "(x.y/F + 1)^3, unbiased"},
+    )
+
+
+def frechet(features: EfficientNetLite0, pictures: Pictures, reference: Pictures) -> Figure:
+    """Fréchet distance, see `metrics.distance.frechet_distance`; not FID, which has another
+    backbone.
+
+    Raises:
+        DataError: fewer than two pictures, or pictures of different resolutions.
+    """
+    x, y, protocol = _pair(features, pictures, reference)
+    value = frechet_distance(x, y)
+    few = min(len(x), len(y)) <= features.width
+    note = f"biased upwards: fewer samples than the {features.width} features" if few else ""
+    return Figure(
+        "Fréchet distance (EfficientNet-Lite0)",
+        value,
+        frechet_interval(x, y, value),
+        "",
+        len(x),
+        protocol,
+        note,
+    )
+
+
+def diversity(features: EfficientNetLite0, by_seed: Sequence[Pictures]) -> Figure:
+    """Mean Euclidean distance of the features of two seeds' pictures of one prompt.
+
+    Args:
+        by_seed: for each seed the pictures of all prompts, in one order.
+
+    Raises:
+        DataError: fewer than two seeds.
+    """
+    if len(by_seed) < 2:
+        raise DataError(f"diversity needs at least 2 seeds, not {len(by_seed)}: raise seeds")
+    extracted = [features(pictures) for pictures in by_seed]
+    pairs = [
+        (extracted[i] - extracted[j]).norm(dim=1)
+        for i in range(len(extracted))
+        for j in range(i + 1, len(extracted))
+    ]
+    apart = sum(pairs[1:], pairs[0]) / len(pairs)
+    protocol = {**features.protocol, **_resolution(by_seed[0]), "count": len(apart)}
+    protocol["seeds"] = len(by_seed)
+    return Figure.mean("diversity (EfficientNet-Lite0)", apart.tolist(), "", protocol)
+
+
+def check(pictures: Pictures, names: Sequence[str]) -> None:
+    """Raises DataError unless there is a picture, and a name for each."""
+    if not pictures or len(pictures) != len(names):
+        raise DataError(
+            f"{len(pictures)} pictures for {len(names)} names: give one each, and at least one"
+        )
+
+
+def _pair(
+    features: EfficientNetLite0, pictures: Pictures, reference: Pictures
+) -> tuple[Tensor, Tensor, dict]:
+    sizes = {picture.size for picture in [*pictures, *reference]}
+    if len(sizes) > 1:
+        (a, b), (c, d) = sorted(sizes)[:2]
+        raise DataError(
+            f"mismatched resolutions: pictures of {a}x{b} and of {c}x{d} in one distance: resize"
+            " the reference to what is drawn"
+        )
+    protocol = {
+        **features.protocol,
+        **_resolution(pictures),
+        "count": len(pictures),
+        "reference": len(reference),
+        "reference_sha256": digest_of_pictures(reference, ()),
+    }
+    return features(pictures), features(reference), protocol
+
+
+def _resolution(pictures: Pictures) -> dict[str, str]:
+    return {"resolution": " ".join(sorted({f"{p.width}x{p.height}" for p in pictures}))}

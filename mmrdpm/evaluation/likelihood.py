@@ -1,0 +1,188 @@
+"""Figures that need the model's own probabilities: retrieval, bits per byte, loss per timestep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmrdpm.api import Model
+from mmrdpm.data.pictures import to_square, to_tensor
+from mmrdpm.document import Document, ImageSegment, TextSegment, length, pack
+from mmrdpm.errors import DataError
+from mmrdpm.evaluation.figure import Figure, digest, digest_of_pictures
+from mmrdpm.metrics.interval import bootstrap
+from mmrdpm.objective import Losses, loss
+
+_TOKENS = 4096  # scored at once
+
+Pictures = Sequence[Image.Image]
+
+
+def retrieval(model: Model, pictures: Pictures, texts: Sequence[str]) -> tuple[Figure, Figure]:
+    """Image to text and text to image: is the right one the likeliest by `log p(text | image)`?
+
+    The second needs no other score: with every picture as likely as any other beforehand, Bayes'
+    rule makes the likeliest picture the one under which the text is likeliest.
+
+    Raises:
+        DataError: there are no pictures.
+    """
+    _need(len(pictures), "retrieval by score")
+    scores = score_matrix(model, pictures, texts)
+    right = torch.arange(len(pictures))
+    protocol = {
+        "evaluator": "log p(text | image) of the model itself",
+        "data_sha256": digest_of_pictures(pictures, texts),
+        "count": len(pictures),
+        "codes_seed": 0,
+    }
+    return (
+        Figure.share("image to text, top 1", (scores.argmax(1) == right).tolist(), protocol),
+        Figure.share("text to image, top 1", (scores.argmax(0) == right).tolist(), protocol),
+    )
+
+
+def score_matrix(model: Model, pictures: Pictures, texts: Sequence[str]) -> Tensor:
+    """`log p(text | image)` in nats, as `Model.score`, of all pairs: float64 `[images, texts]`."""
+    vocabulary = model.vocabulary
+    ids = [(vocabulary.image_end, *model.texts.encode(t), vocabulary.eos) for t in texts]
+    before = TextSegment((vocabulary.bos, vocabulary.image_start))
+    code_indices, states = _tokenise(model, pictures, [0] * len(pictures))
+    documents: list[Document] = [
+        [before, ImageSegment(codes, path, clean=True), TextSegment(text)]
+        for codes, path in zip(code_indices, states, strict=True)
+        for text in ids
+    ]
+    # the text before the picture has a target too, which is no part of the score
+    scores = [-row[1:].sum().item() for row in _per_document(model, documents)]
+    return torch.tensor(scores, dtype=torch.float64).reshape(len(pictures), len(texts))
+
+
+def bits_per_byte(model: Model, texts: Sequence[str], data: str) -> Figure:
+    """`-log2 p` of texts, their ends included, over their UTF-8 bytes.
+
+    Args:
+        data: what the texts are, for the protocol.
+
+    Raises:
+        DataError: there are no texts, or one is longer than the model's context.
+    """
+    _need(len(texts), "bits per byte")
+    vocabulary = model.vocabulary
+    ids = [(vocabulary.bos, *model.texts.encode(text), vocabulary.eos) for text in texts]
+    for text, tokens in zip(texts, ids, strict=True):
+        if len(tokens) > model.context:
+            raise DataError(
+                f"text {text[:30]!r} takes {len(tokens)} tokens, more than the model's context of"
+                f" {model.context}: shorten it"
+            )
+    documents: list[Document] = [[TextSegment(tokens)] for tokens in ids]
+    bits = np.array([row.sum().item() for row in _per_document(model, documents)]) / math.log(2)
+    size = np.array([len(text.encode()) for text in texts])
+
+    def ratio(chosen: np.ndarray) -> float:
+        return float(bits[chosen].sum() / size[chosen].sum())
+
+    value = ratio(np.arange(len(texts)))
+    protocol = {"data": data, "data_sha256": digest(list(texts)), "count": len(texts)}
+    interval = bootstrap(ratio, value, len(texts))
+    return Figure("bits per byte", value, interval, "bits/byte", len(texts), protocol)
+
+
+def loss_per_timestep(
+    model: Model, pictures: Pictures, texts: Sequence[str], seed: int
+) -> list[Figure]:
+    """Mean cross-entropy per code at each timestep, T first, of pictures given their texts.
+
+    Picture i takes its noise from seed `seed + i`.
+
+    Raises:
+        DataError: there are no pictures.
+    """
+    _need(len(pictures), "loss per timestep")
+    vocabulary, steps = model.vocabulary, tuple(range(model.images.num_timesteps, 0, -1))
+    seeds = [seed + i for i in range(len(pictures))]
+    code_indices, states = _tokenise(model, pictures, seeds)
+    documents: list[Document] = [
+        [
+            TextSegment((vocabulary.bos, *model.texts.encode(text), vocabulary.image_start)),
+            ImageSegment(codes, path, timesteps=steps),
+        ]
+        for codes, path, text in zip(code_indices, states, texts, strict=True)
+    ]
+    positions = code_indices[0, 0].numel()
+    losses = torch.stack(
+        [row[-len(steps) * positions :] for row in _per_document(model, documents)]
+    ).reshape(len(pictures), len(steps), positions)
+    protocol = {
+        "data_sha256": digest_of_pictures(pictures, texts),
+        "count": len(pictures),
+        "seed": seed,
+        "codebook_size": model.images.codebook_size,
+        "timesteps": len(steps),
+        "positions": positions,
+    }
+    return [
+        Figure.mean(f"loss at timestep {t}", means.tolist(), "nats/code", protocol | {"t": t})
+        for t, means in zip(steps, losses.mean(2).unbind(1), strict=True)
+    ]
+
+
+@torch.no_grad()
+def _tokenise(model: Model, pictures: Pictures, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Code indices `[B, T, *grid]` and states `[B, T + 1, *grid, C]`, on the CPU."""
+    device = model.transformer.table.weight.device
+    squares = np.stack([to_square(picture, model.images.image_size) for picture in pictures])
+    # one at a time, as `Model.caption` does: rounding depends on the batch
+    latents = torch.cat(
+        [model.images.autoencoder.encode(x[None].to(device)) for x in to_tensor(squares)]
+    )
+    code_indices, states = model.images.encode_latents(latents, seeds)
+    return code_indices.transpose(0, 1).cpu(), states.transpose(0, 1).cpu()
+
+
+def _per_document(model: Model, documents: Sequence[Document]) -> Iterator[Tensor]:
+    """The cross-entropy at every target of each document: float64 `[targets]`."""
+    for chunk in _chunks(documents):
+        scored = _losses(model, chunk)
+        counts = [_targets(document) for document in chunk]
+        yield from scored.per_token.double().cpu().split(counts)
+
+
+@torch.no_grad()
+def _losses(model: Model, documents: Sequence[Document]) -> Losses:
+    tokenizer = model.images
+    packed = pack(
+        [[document] for document in documents],
+        max(length(document) for document in documents),
+        model.vocabulary,
+        tokenizer.latent_channels,
+        len(tokenizer.grid),
+    )
+    return loss(model.transformer, packed.to(model.transformer.table.weight.device))
+
+
+def _chunks(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
+    size = max(1, _TOKENS // max(length(document) for document in documents))
+    for start in range(0, len(documents), size):
+        yield documents[start : start + size]
+
+
+def _targets(document: Document) -> int:
+    """How many positions of a document have a target."""
+    return sum(
+        len(part.token_ids) - 1
+        if isinstance(part, TextSegment)
+        else len(part.timesteps) * part.code_indices[0].numel()
+        for part in document
+    )
+
+
+def _need(count: int, what: str) -> None:
+    if not count:
+        raise DataError(f"{what}: there is nothing to measure: the data set is empty")

@@ -1,0 +1,33 @@
+"""A part of a suite: what is computed, kept and reported as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmrdpm.evaluation.figure import Figure
+from mmrdpm.metrics.features import MissingEvaluator
+
+
+@dataclass(frozen=True)
+class Part:
+    """Figures to be made.
+
+    Attributes:
+        of: all that they follow from besides the weights, as JSON can hold it.
+        make: raises MissingEvaluator where a package or weights are missing.
+    """
+
+    name: str
+    of: Any
+    make: Callable[[], Sequence[Figure]]
+
+    @classmethod
+    def left_out(cls, name: str, why: str) -> Part:
+        """One that cannot be computed, for the report to say so."""
+
+        def refuse() -> Sequence[Figure]:
+            raise MissingEvaluator(why)
+
+        return cls(name, None, refuse)

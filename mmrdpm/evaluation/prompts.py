@@ -1,0 +1,142 @@
+"""The suite `prompts`: free prompts, judged by CLIPScore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mmrdpm.api import Model
+from mmrdpm.data.pictures import contact_sheet
+from mmrdpm.evaluation.figure import Figure, digest
+from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.store import Store, read_lines
+from mmrdpm.evaluation.suite import PromptsSuite
+from mmrdpm.metrics.features import MissingEvaluator, sha256_of
+
+_PREFIX = "A photo depicts "
+_BATCH = 32
+_COLUMNS, _SHOWN = 8, 32
+
+
+class PromptsEvaluation:
+    """One suite over one model.
+
+    Raises:
+        DataError: the prompts or CLIP are not where the suite says; before anything is drawn.
+    """
+
+    def __init__(self, model: Model, suite: PromptsSuite, store: Store) -> None:
+        self.model, self.suite, self.store = model, suite, store
+        self.prompts = read_lines(Path(suite.prompts))
+        self.clip = Clip(suite.clip)
+
+    def parts(self) -> Iterator[Part]:
+        """Everything to compute."""
+        yield Part("clip_score", self._protocol, self.clip_score)
+
+    def clip_score(self) -> list[Figure]:
+        """The mean over prompts, each the mean of its seeds."""
+        scores = torch.tensor([self.clip.scores(made, self.prompts) for made in self._drawn])
+        means = scores.double().mean(0).tolist()
+        return [Figure.mean("drawn/prompts/CLIPScore", means, "", self._protocol)]
+
+    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
+        """Pictures for the report."""
+        made = self._drawn[0][:_SHOWN]
+        rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
+        yield f"Drawn: {', '.join(self.prompts[:_SHOWN])}", contact_sheet(rows, 2)
+
+    @cached_property
+    def _drawn(self) -> list[list[Image.Image]]:
+        """By seed the pictures of all prompts."""
+
+        def draw(prompts: Sequence[str], seed: int) -> list[Image.Image]:
+            return self.model.generate(prompts, seed=seed)
+
+        title, how = f"drawing {len(self.prompts)} prompts", asdict(self.model.sampling)
+        seeds = range(self.suite.seed, self.suite.seed + self.suite.seeds)
+        return [self.store.pictures(title, self.prompts, seed, how, draw) for seed in seeds]
+
+    @property
+    def _protocol(self) -> dict:
+        return {
+            **self.clip.protocol,
+            **asdict(self.model.sampling),
+            "seed": self.suite.seed,
+            "seeds": self.suite.seeds,
+            "count": len(self.prompts),
+            "prompts_sha256": digest(self.prompts),
+            "resolution": self.model.images.image_size,
+        }
+
+
+class Clip:
+    """CLIPScore `2.5 max(cos(image, text), 0)`, Hessel et al. 2021 (arXiv 2104.08718), eq. 1.
+
+    Args:
+        model: a folder with `config.json`, `model.safetensors` and the tokeniser, or a hub id.
+
+    Raises:
+        MissingEvaluator: the library or the weights are missing.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+        except ImportError as error:
+            raise MissingEvaluator(
+                f"CLIPScore needs transformers ({_first(error)}): pip install 'mmrdpm[published]'"
+            ) from None
+        folder = _folder(model)
+        try:
+            self.network = CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise MissingEvaluator(
+                f"{model}: no CLIP model that can be read ({_first(error)}): put config.json,"
+                " model.safetensors, preprocessor_config.json and the tokeniser's files there"
+            ) from None
+        self.protocol = {
+            "evaluator": "CLIPScore, 2.5 max(cos, 0)",
+            "evaluator_sha256": sha256_of(folder / "model.safetensors"),
+            "preprocessing": f"the processor's; texts behind {_PREFIX!r}",
+        }
+
+    @torch.no_grad()
+    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
+        """One a pair, 0 to 2.5."""
+        found: list[float] = []
+        for start in range(0, len(pictures), _BATCH):
+            chosen = slice(start, start + _BATCH)
+            images = self.processor(images=list(pictures[chosen]), return_tensors="pt")
+            prefixed = [_PREFIX + text for text in texts[chosen]]
+            tokens = self.tokenizer(prefixed, padding=True, truncation=True, return_tensors="pt")
+            out = self.network(**tokens, **images)
+            cosine = torch.cosine_similarity(out.image_embeds, out.text_embeds)
+            found += (2.5 * cosine.clamp(min=0)).tolist()
+        return found
+
+
+def _folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "model.safetensors"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:  # the client's own, and those of two libraries below it
+        raise MissingEvaluator(
+            f"{model}: neither a folder nor a model that the hub gave ({_first(error)}): download"
+            " it where there is a network, and give the folder as clip=DIR"
+        ) from None
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

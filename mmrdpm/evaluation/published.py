@@ -1,0 +1,269 @@
+"""The suite `imagenet`: FID, Inception score, precision and recall as papers print them.
+
+All of it by `torch-fidelity`, whose Inception agrees with that of the original code. The library
+unpickles weights; they are read as plain tensors here first, and only those are handed on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmrdpm import machine
+from mmrdpm.api import Model
+from mmrdpm.data.pictures import contact_sheet, open_picture
+from mmrdpm.errors import DataError
+from mmrdpm.evaluation.figure import Figure, digest
+from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.store import Store, read_lines
+from mmrdpm.evaluation.suite import ImagenetSuite
+from mmrdpm.metrics.distance import frechet_interval
+from mmrdpm.metrics.features import MissingEvaluator, sha256_of
+from mmrdpm.metrics.proportion import Proportion
+
+_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_BATCH = 64  # pictures through Inception at once
+_SPLITS = 10  # of the Inception score
+_NEIGHBOURS = 3  # of precision and recall
+_SHOWN, _COLUMNS = 32, 8
+
+Features = tuple[Tensor, Tensor]
+"""Pooled features `[n, 2048]` and logits without their bias `[n, 1008]`."""
+
+
+class ImagenetEvaluation:
+    """One suite over one model.
+
+    Raises:
+        DataError: the model draws another size, or the data or weights are not where the suite
+            says; before anything is drawn.
+    """
+
+    def __init__(self, model: Model, suite: ImagenetSuite, store: Store) -> None:
+        self.model, self.suite, self.store = model, suite, store
+        size = model.images.image_size
+        if size != suite.resolution:
+            raise DataError(
+                f"mismatched resolutions: the suite is for {suite.resolution}x{suite.resolution},"
+                f" the model draws {size}x{size}: set resolution={size} and a reference of that"
+                " size, or use another model"
+            )
+        self.prompts = read_lines(Path(suite.prompts))
+        self.reference = pictures_in(Path(suite.reference))
+        needed = _NEIGHBOURS + 1 if "precision_recall" in suite.metrics else 2
+        if min(suite.samples, len(self.reference)) < needed:
+            raise DataError(
+                f"{', '.join(suite.metrics)} need at least {needed} pictures on each side, not"
+                f" {suite.samples} samples and {len(self.reference)} real ones: raise samples, or"
+                " add to the reference"
+            )
+        self.inception = Inception(Path(suite.inception), model.transformer.table.weight.device)
+
+    def parts(self) -> Iterator[Part]:
+        """Everything to compute, in order."""
+        makes = {
+            "fid": self.fid,
+            "inception_score": self.inception_score,
+            "precision_recall": self.precision_recall,
+        }
+        for metric in self.suite.metrics:
+            yield Part(metric, self._protocol, makes[metric])
+
+    def fid(self) -> list[Figure]:
+        """Heusel et al. 2017 (arXiv 1706.08500); its interval is over the drawn samples."""
+        from torch_fidelity import metric_fid
+
+        drawn, real = self._drawn[0], self._real[0]
+        statistics = [metric_fid.fid_features_to_statistics(x) for x in (drawn, real)]
+        value = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
+        fid = value[metric_fid.KEY_METRIC_FID]
+        few = min(len(drawn), len(real)) <= drawn.shape[1]
+        note = f"biased upwards: fewer samples than the {drawn.shape[1]} features" if few else ""
+        return [self._figure("FID", fid, frechet_interval(drawn, real, fid), note)]
+
+    def inception_score(self) -> list[Figure]:
+        """Salimans et al. 2016 (arXiv 1606.03498): the mean of 10 splits, and its interval."""
+        from torch_fidelity import metric_isc
+
+        found = metric_isc.isc_features_to_metric(self._drawn[1], _SPLITS)
+        mean = found[metric_isc.KEY_METRIC_ISC_MEAN]
+        half = 1.959964 * found[metric_isc.KEY_METRIC_ISC_STD] / _SPLITS**0.5
+        return [self._figure("Inception score", mean, (mean - half, mean + half))]
+
+    def precision_recall(self) -> list[Figure]:
+        """Kynkäänniemi et al. 2019 (arXiv 1904.06991), 3 neighbours, on Inception features."""
+        from torch_fidelity import metric_prc
+
+        drawn, real = self._drawn[0], self._real[0]
+        found = metric_prc.prc_features_to_metric(
+            drawn, real, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
+        )
+        both = (("precision", len(drawn)), ("recall", len(real)))
+        return [
+            self._figure(name, found[name], Proportion(round(found[name] * n), n).interval)
+            for name, n in both
+        ]
+
+    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
+        """Pictures for the report."""
+        made = [open_picture(path) for path in self._files[:_SHOWN]]
+        rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
+        yield "Drawn", contact_sheet(rows)
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """Drawn pictures: round r of the prompts is drawn with the seed `seed + r`."""
+        files: list[Path] = []
+        while missing := self.suite.samples - len(files):
+            seed = self.suite.seed + len(files) // len(self.prompts)
+            prompts = self.prompts[:missing]
+            title = f"drawing {len(files) + len(prompts)} of {self.suite.samples}"
+            sampling = asdict(self.model.sampling)
+            files += self.store.draw(title, prompts, seed, sampling, self._draw)
+        return files
+
+    def _draw(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+        return self.model.generate(prompts, seed=seed)
+
+    @cached_property
+    def _drawn(self) -> Features:
+        return self._features("drawn", self._files)
+
+    @cached_property
+    def _real(self) -> Features:
+        return self._features("reference", self.reference)
+
+    def _features(self, what: str, files: Sequence[Path]) -> Features:
+        batches = [files[i : i + _BATCH] for i in range(0, len(files), _BATCH)]
+        found = [
+            self.inception(read_batch(batch, self.suite.resolution))
+            for batch in self.store.progress(f"features, {what}", batches)
+        ]
+        return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+    @cached_property
+    def _protocol(self) -> dict:
+        return {
+            **self.inception.protocol,
+            **asdict(self.model.sampling),
+            "seed": self.suite.seed,
+            "count": self.suite.samples,
+            "resolution": self.suite.resolution,
+            "prompts_sha256": digest(self.prompts),
+            "reference": len(self.reference),
+            "reference_sha256": digest([sha256_of(path) for path in self.reference]),
+        }
+
+    def _figure(
+        self, name: str, value: float, interval: tuple[float, float], note: str = ""
+    ) -> Figure:
+        full, count = f"drawn/imagenet/{name}", self.suite.samples
+        return Figure(full, float(value), interval, "", count, self._protocol, note)
+
+
+class Inception:
+    """Pictures -> pooled features and logits, by torch-fidelity.
+
+    Raises:
+        MissingEvaluator: the library or the weights are missing.
+        DataError: the weights are damaged, or hold more than tensors.
+    """
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises both
+            raise MissingEvaluator(
+                f"the published scores need torch-fidelity ({' '.join(str(error).split())}): pip"
+                " install 'mmrdpm[published]', with a torchvision that fits torch"
+            ) from None
+        if not weights.is_file():
+            raise MissingEvaluator(
+                f"{weights}: no Inception weights: download {_URL} and give its place as"
+                " inception=PATH"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "inception.pth"
+            torch.save(read_weights(weights), plain)
+            try:
+                self.network = FeatureExtractorInceptionV3(
+                    "inception-v3-compat",
+                    ["2048", "logits_unbiased"],
+                    feature_extractor_weights_path=str(plain),
+                )
+            except RuntimeError as error:
+                raise DataError(f"{weights}: not Inception weights: {_first(error)}") from None
+        self.network.to(device)
+        self.protocol = {
+            "evaluator": "torch-fidelity inception-v3-compat",
+            "evaluator_sha256": sha256_of(weights),
+            "preprocessing": "uint8 RGB, bilinear as in TensorFlow 1 to 299x299",
+        }
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Features:
+        """uint8 `[n, 3, H, W]`."""
+        pooled, logits = self.network(pictures.to(machine.device()))
+        return pooled.cpu(), logits.cpu()
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The PNG and JPEG files under a folder, sorted.
+
+    Raises:
+        MissingEvaluator: there is no such folder, or no picture in it.
+    """
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not found:
+        raise MissingEvaluator(
+            f"{folder}: no pictures: put the real pictures there as PNG or JPEG files, or give"
+            " their place as reference=DIR"
+        )
+    return found
+
+
+def read_batch(files: Sequence[Path], size: int) -> Tensor:
+    """uint8 `[n, 3, size, size]`.
+
+    Raises:
+        DataError: a picture is damaged or of another size.
+    """
+    pictures = []
+    for path in files:
+        picture = open_picture(path)
+        if picture.size != (size, size):
+            raise DataError(
+                f"{path}: mismatched resolutions: {picture.width}x{picture.height}, the suite is"
+                f" for {size}x{size}: resize the reference as the paper you compare with does"
+            )
+        pictures.append(np.asarray(picture))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch saved.
+
+    Raises:
+        DataError: it is damaged, or holds more than tensors.
+    """
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: not plain weights: {_first(error)}") from None
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

@@ -1,0 +1,151 @@
+"""What an evaluation keeps in its folder, so that a stopped one goes on where it was.
+
+    OUT/results.json        suite, model, figures, and what was not computed and why
+    OUT/parts/KEY.json      finished figures and captions; KEY is a hash of weights, data and how
+    OUT/pictures/KEY/*.png  drawn pictures; KEY is a hash of weights, prompts and how they are drawn
+    OUT/report.html         all of it to look at
+
+A key covers all that its content follows from, so nothing old is ever taken for new.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from mmrdpm.data.pictures import open_picture
+from mmrdpm.errors import DataError
+from mmrdpm.evaluation.figure import Figure, digest
+
+RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
+_FORMAT = 1  # raised when the same key would come to mean another content
+_CHUNK = 16  # pictures drawn between two writes
+
+Draw = Callable[[Sequence[str], int], Sequence[Image.Image]]
+"""`(prompts, seed) -> pictures`, one a prompt."""
+
+
+class Store:
+    """A folder of finished parts of one model's evaluation."""
+
+    def __init__(self, folder: Path, weights_sha256: str) -> None:
+        self.folder, self.weights_sha256 = folder, weights_sha256
+        self.console = Console(stderr=True)
+
+    def figures(self, part: str, of: Any, make: Callable[[], Sequence[Figure]]) -> list[Figure]:
+        """The figures of a part: those kept from before, or made now and kept.
+
+        Args:
+            of: all that they follow from, besides the weights.
+        """
+        kept = self.kept(part, of, lambda: [figure.to_dict() for figure in make()])
+        return [Figure.from_dict(figure) for figure in kept]
+
+    def kept(self, part: str, of: Any, make: Callable[[], Any]) -> Any:
+        """The same for anything that JSON can hold."""
+        path = self.folder / "parts" / f"{self._key(part, of)}.json"
+        if path.exists():
+            return read_json(path)["content"]
+        content = make()
+        write_json(path, {"part": part, "content": content})
+        return content
+
+    def pictures(
+        self, title: str, prompts: Sequence[str], seed: int, how: Any, draw: Draw
+    ) -> list[Image.Image]:
+        """Pictures of the prompts: those kept from before, the rest drawn now and kept."""
+        return [open_picture(path) for path in self.draw(title, prompts, seed, how, draw)]
+
+    def draw(
+        self, title: str, prompts: Sequence[str], seed: int, how: Any, draw: Draw
+    ) -> list[Path]:
+        """The files of `pictures`, for sets that do not fit into memory."""
+        folder = self.folder / "pictures" / self._key(list(prompts), seed, how)
+        paths = [folder / f"{i:06d}.png" for i in range(len(prompts))]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for chunk in self.progress(title, list(_chunks(missing))):
+            pictures = draw([prompts[i] for i in chunk], seed)
+            for i, picture in zip(chunk, pictures, strict=True):
+                write(paths[i], to_png(picture))
+        return paths
+
+    def progress(self, title: str, work: Sequence[Any]) -> Iterator[Any]:
+        """A bar on stderr over pieces of work."""
+        yield from track(work, title, console=self.console, disable=not work)
+
+    def say(self, line: str) -> None:
+        """A line on stderr."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _key(self, *what: Any) -> str:
+        return digest([_FORMAT, self.weights_sha256, *what])[:20]
+
+
+def read_json(path: Path) -> Any:
+    """What is in a JSON file.
+
+    Raises:
+        DataError: it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {error}: remove it or get a good copy") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that hold something.
+
+    Raises:
+        DataError: it is missing, no UTF-8, or empty.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}: put a text file there, one text a line, or"
+            " give the place of yours"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}): convert it first") from None
+    found = [line for line in lines if line]
+    if not found:
+        raise DataError(f"{path}: holds no text: give one a line")
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, complete or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write(path, text.encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """A picture as the content of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
+
+
+def _chunks(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), _CHUNK):
+        yield indices[start : start + _CHUNK]

@@ -1,0 +1,242 @@
+"""Measures tokenizers: what is lost, and how well the codes are used; and the suite `tokenizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmrdpm.data.emoji import EmojiData, load_emoji
+from mmrdpm.data.glosses import load_glosses
+from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
+from mmrdpm.errors import DataError
+from mmrdpm.evaluation import drawn
+from mmrdpm.evaluation.figure import Figure, digest_of_pictures
+from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.store import Store
+from mmrdpm.evaluation.suite import GROUPS, TokenizerSuite
+from mmrdpm.metrics.features import EfficientNetLite0
+from mmrdpm.metrics.interval import bootstrap
+from mmrdpm.metrics.reconstruction import psnr, ssim
+from mmrdpm.rdpm.codebook import perplexity
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
+from mmrdpm.rdpm.trajectory import walk
+from mmrdpm.text_tokenizer import TextTokenizer
+
+_CHUNK = 256  # pictures at once
+_SHOWN = 12  # pictures in the report
+WAYS = ("autoencoder", "codes")
+
+
+@dataclass(frozen=True)
+class ImageFigures:
+    """Of every picture; the autoencoder alone is the limit that codes can reach.
+
+    Attributes:
+        images: by way, float32 `[B, 3, H, W]`, the autoencoder's own reconstruction and that
+            from the codes.
+        psnr, ssim: by way, float32 `[B]`.
+        latent_error: float32 `[T, B]`, mean squared distance from the trajectory after each
+            step, T first; the latent's own variance is 1.
+        code_indices: int64 `[T, B, N]`, T first.
+        codebook_sizes: how many codes each step has, T first.
+    """
+
+    images: dict[str, Tensor]
+    psnr: dict[str, Tensor]
+    ssim: dict[str, Tensor]
+    latent_error: Tensor
+    code_indices: Tensor
+    codebook_sizes: tuple[int, ...]
+
+    @property
+    def usage(self) -> list[float]:
+        """Codebook perplexity of each step over the codes it has, T first."""
+        steps = zip(self.code_indices, self.codebook_sizes, strict=True)
+        return [perplexity(codes, size) / size for codes, size in steps]
+
+
+@torch.no_grad()
+def measure_images(tokenizer: ImageTokenizer, squares: np.ndarray, seed: int = 0) -> ImageFigures:
+    """Figures of uint8 pictures `[B, size, size, 3]`; picture i takes its noise from `seed + i`.
+
+    Raises:
+        DataError: there are none, or their size is not the tokeniser's.
+    """
+    _check(tokenizer, squares)
+    images = to_tensor(squares)
+    latents = torch.cat([tokenizer.autoencoder.encode(chunk) for chunk in images.split(_CHUNK)])
+    noise = tokenizer.noise(range(seed, seed + len(images)))
+    codebook, errors, codes, state = tokenizer.codebook, [], [], latents
+    for t, x, residual, code_indices in walk(tokenizer.trajectory, codebook, latents, noise):
+        step = codebook.lookup(code_indices, t)
+        errors.append((residual - step).square().flatten(1).mean(1))
+        codes.append(code_indices.flatten(1))
+        state = x + step
+    made = {way: _decode(tokenizer, z) for way, z in zip(WAYS, (latents, state), strict=True)}
+    return ImageFigures(
+        images=made,
+        psnr={way: psnr(x, images) for way, x in made.items()},
+        ssim={way: ssim(x, images) for way, x in made.items()},
+        latent_error=torch.stack(errors),
+        code_indices=torch.stack(codes),
+        codebook_sizes=tuple(codebook.sizes[::-1]),
+    )
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """How long texts become; `broken` counts those that no round trip brings back."""
+
+    texts: int
+    size: int
+    bytes_per_token: float
+    broken: int
+
+
+def measure_texts(tokenizer: TextTokenizer) -> TextFigures:
+    """Figures over the embedded names and definitions."""
+    texts = load_emoji(8).names + load_glosses()
+    ids = [tokenizer.encode(text) for text in texts]
+    broken = sum(tokenizer.decode(i) != text for i, text in zip(ids, texts, strict=True))
+    length = sum(len(text.encode()) for text in texts)
+    return TextFigures(len(texts), tokenizer.size, length / sum(map(len, ids)), broken)
+
+
+class TokenizerEvaluation:
+    """One suite over one image tokeniser.
+
+    Raises:
+        DataError: a group is smaller than a metric needs.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, suite: TokenizerSuite, store: Store) -> None:
+        self.tokenizer, self.suite, self.store = tokenizer, suite, store
+        data = load_emoji(tokenizer.image_size)
+        self.chosen = {name: data.images[_choose(data, name, suite)] for name in suite.groups}
+        self.measured: dict[str, ImageFigures] = {}
+        for name, squares in self.chosen.items():
+            if len(squares) < 2:
+                raise DataError(
+                    f"distances need at least 2 pictures, but {name!r} has {len(squares)}: raise"
+                    " names, or leave the group out"
+                )
+
+    def parts(self) -> Iterator[Part]:
+        """Everything to compute, in order."""
+        for group, squares in self.chosen.items():
+            for metric in self.suite.metrics:
+
+                def make(metric: str = metric, group: str = group) -> Sequence[Figure]:
+                    return self._named(group, getattr(self, metric)(group))
+
+                of = [metric, self.suite.seed, self._protocol(group, squares)]
+                yield Part(f"{metric}, {group}", of, make)
+
+    def psnr(self, group: str) -> list[Figure]:
+        values = self._measure(group).psnr
+        return [Figure.mean(f"PSNR, {w}", v.tolist(), "dB", {}) for w, v in values.items()]
+
+    def ssim(self, group: str) -> list[Figure]:
+        values = self._measure(group).ssim
+        return [Figure.mean(f"SSIM, {w}", v.tolist(), "", {}) for w, v in values.items()]
+
+    def kernel_distance(self, group: str) -> list[Figure]:
+        return self._distances(group, drawn.kid)
+
+    def frechet_distance(self, group: str) -> list[Figure]:
+        return self._distances(group, drawn.frechet)
+
+    def codebook_use(self, group: str) -> list[Figure]:
+        """Perplexity over size at every step; its interval is over the choice of pictures."""
+        found, figures = self._measure(group), []
+        steps = range(self.tokenizer.num_timesteps, 0, -1)
+        rows = zip(steps, found.code_indices, found.codebook_sizes, found.usage, strict=True)
+        for t, codes, size, value in rows:
+
+            def use(chosen: np.ndarray, codes: Tensor = codes, size: int = size) -> float:
+                return perplexity(codes[chosen], size) / size
+
+            interval = bootstrap(use, value, len(codes))
+            protocol = {"t": t, "codebook_size": size}
+            name = f"codebook use at timestep {t}"
+            figures.append(Figure(name, value, interval, "of codebook", len(codes), protocol))
+        return figures
+
+    def latent_error(self, group: str) -> list[Figure]:
+        errors = self._measure(group).latent_error
+        steps = range(self.tokenizer.num_timesteps, 0, -1)
+        return [
+            Figure.mean(f"latent error at timestep {t}", e.tolist(), "of variance", {"t": t})
+            for t, e in zip(steps, errors, strict=True)
+        ]
+
+    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
+        """Pictures for the report: as they are, by the autoencoder, through the codes."""
+        for group, squares in self.chosen.items():
+            made = self._measure(group).images
+            rows = [[Image.fromarray(square) for square in squares[:_SHOWN]]]
+            rows += [to_pictures(made[way][:_SHOWN]) for way in WAYS]
+            yield f"Real, by the autoencoder, through the codes: {group}", contact_sheet(rows, 2)
+
+    @cached_property
+    def features(self) -> EfficientNetLite0:
+        return EfficientNetLite0()
+
+    def _distances(self, group: str, distance: Callable[..., Figure]) -> list[Figure]:
+        real = [Image.fromarray(square) for square in self.chosen[group]]
+        found = self._measure(group).images
+        return [
+            replace(figure, name=f"{figure.name}, {way}")
+            for way in WAYS
+            for figure in [distance(self.features, to_pictures(found[way]), real)]
+        ]
+
+    def _measure(self, group: str) -> ImageFigures:
+        if group not in self.measured:
+            squares = self.chosen[group]
+            self.measured[group] = measure_images(self.tokenizer, squares, self.suite.seed)
+        return self.measured[group]
+
+    def _named(self, group: str, figures: Sequence[Figure]) -> list[Figure]:
+        protocol = self._protocol(group, self.chosen[group])
+        return [
+            replace(f, name=f"tokenizer/{group}/{f.name}", protocol={**protocol, **f.protocol})
+            for f in figures
+        ]
+
+    def _protocol(self, group: str, squares: np.ndarray) -> dict:
+        return {
+            "data": f"Twemoji, {group}",
+            "data_sha256": digest_of_pictures([Image.fromarray(s) for s in squares], ()),
+            "count": len(squares),
+            "resolution": f"{squares.shape[2]}x{squares.shape[1]}",
+            "seed": self.suite.seed,
+        }
+
+
+def _choose(data: EmojiData, group: str, suite: TokenizerSuite) -> list[int]:
+    indices = data.indices(GROUPS[group])
+    random = np.random.default_rng(suite.seed)
+    count = min(suite.names, len(indices))
+    return sorted(random.choice(indices, count, replace=False).tolist())
+
+
+def _check(tokenizer: ImageTokenizer, squares: np.ndarray) -> None:
+    if not len(squares):
+        raise DataError("an image tokeniser cannot be measured on an empty data set")
+    if squares.shape[1:3] != (tokenizer.image_size, tokenizer.image_size):
+        raise DataError(
+            f"mismatched resolutions: pictures of {squares.shape[2]}x{squares.shape[1]}, a"
+            f" tokeniser of {tokenizer.image_size}x{tokenizer.image_size}: resize the pictures"
+        )
+
+
+def _decode(tokenizer: ImageTokenizer, latents: Tensor) -> Tensor:
+    chunks = [tokenizer.autoencoder.decode(chunk) for chunk in latents.split(_CHUNK)]
+    return torch.cat(chunks).clamp(-1, 1)

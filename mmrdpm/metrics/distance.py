@@ -1,0 +1,108 @@
+"""Distances between two sets of features: kernel and Fréchet, with their intervals.
+
+A distance belongs to the backbone that made the features and to the number of samples, so it is
+always named with both, and called FID only where the features are those of FID.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrdpm.errors import DataError
+from mmrdpm.metrics.interval import Interval, bootstrap
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """KID: the unbiased squared MMD with the kernel `(x . y / F + 1)^3`; may be negative.
+
+    Bińkowski et al. 2018 (arXiv 1801.01401), section 3 and eq. 4 of its appendix, over all samples
+    at once rather than over blocks.
+
+    Args:
+        x, y: float `[n, F]` and `[m, F]`.
+
+    Raises:
+        DataError: a set has fewer than two samples.
+    """
+    kernels = _kernels(x, y)
+    return _mmd(kernels, np.ones(len(x)), np.ones(len(y)))
+
+
+def kernel_interval(x: Tensor, y: Tensor, value: float, seed: int = 0) -> Interval:
+    """95% interval of `kernel_distance` over the choice of the samples `x`; `y` is given.
+
+    A sample that is drawn twice is never compared with its own copy.
+    """
+    kernels, n, every = _kernels(x, y), len(x), np.ones(len(y))
+
+    def resampled(chosen: np.ndarray) -> float:
+        if len(set(chosen)) < 2:  # no pair of different samples: tells nothing
+            return float("nan")
+        return _mmd(kernels, np.bincount(chosen, minlength=n).astype(float), every)
+
+    return bootstrap(resampled, value, n, seed)
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """`|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2))` of two sets of features `[n, F]`, `[m, F]`.
+
+    Dowson & Landau 1982 (doi 10.1016/0047-259X(82)90077-X), as in Heusel et al. 2017 (arXiv
+    1706.08500, eq. 6). With `C = A^T A` the trace of the root is the nuclear norm of `Ax Ay^T`,
+    which needs neither a matrix root nor covariances of full rank. Below F samples the distance
+    is biased upwards: compare equal counts only.
+
+    Raises:
+        DataError: a set has fewer than two samples.
+    """
+    _check(x, y)
+    return _frechet(_spread(x), _spread(y))
+
+
+def frechet_interval(x: Tensor, y: Tensor, value: float, seed: int = 0) -> Interval:
+    """95% interval of `frechet_distance` over the choice of the samples `x`; `y` is given."""
+    given = _spread(y)
+    return bootstrap(lambda chosen: _frechet(_spread(x[chosen]), given), value, len(x), seed)
+
+
+def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean `[F]`, and an R `[min(n, F), F]` with `R^T R` the covariance, of `[n, F]`."""
+    x = x.double()
+    mean = x.mean(0)
+    return mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
+
+
+def _frechet(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> float:
+    (mean_x, a), (mean_y, b) = x, y
+    root = torch.linalg.svdvals(a @ b.T).sum()
+    apart = (mean_x - mean_y).square().sum()
+    return (apart + a.square().sum() + b.square().sum() - 2 * root).item()
+
+
+def _kernels(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    _check(x, y)
+    x, y = x.double(), y.double()
+    return tuple(((a @ b.T / x.shape[1] + 1) ** 3).numpy() for a, b in ((x, x), (y, y), (x, y)))  # type: ignore[return-value]
+
+
+def _mmd(kernels: tuple[np.ndarray, ...], x: np.ndarray, y: np.ndarray) -> float:
+    """The distance with each sample counted as often as `x` and `y` say."""
+    xx, yy, xy = kernels
+    return _pairs(xx, x) + _pairs(yy, y) - 2 * float(x @ xy @ y) / (x.sum() * y.sum())
+
+
+def _pairs(kernel: np.ndarray, counts: np.ndarray) -> float:
+    """Mean over pairs of different samples."""
+    squares = counts * counts
+    total = counts @ kernel @ counts - squares @ kernel.diagonal()
+    return float(total / (counts.sum() ** 2 - squares.sum()))
+
+
+def _check(x: Tensor, y: Tensor) -> None:
+    for features in (x, y):
+        if len(features) < 2:
+            raise DataError(
+                f"a distance between sets needs at least 2 pictures in each, not {len(features)}:"
+                " raise the suite's counts"
+            )

@@ -1,0 +1,201 @@
+"""The suites of published metrics, on tiny stand-ins for their data and weights."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmrdpm.cli import main
+from mmrdpm.evaluation import captions, published, results
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path, tiny_run):
+    """Evaluates the tiny run inside a folder of its own: `(status, stdout, stderr)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(suite, *overrides):
+        status = main(["eval", str(tiny_run), "--suite", suite, "--out", "out", *overrides])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run_command
+
+
+def assert_mistake(answer, *says):
+    status, out, err = answer
+    assert status == 1 and out == ""
+    assert err.startswith("mmrdpm: error: ") and err.count("\n") == 1
+    for text in says:
+        assert text in err
+
+
+def pictures(folder, count, size=16):
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(count):
+        pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three pictures; the file and the folder by the names that the suite is told."""
+    pictures(tmp_path / "images", 3)
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+        "annotations": [{"image_id": i, "caption": f"picture {i} of noise"} for i in range(3)] * 2,
+    }
+    (tmp_path / "notes.json").write_text(json.dumps(content))
+    return content
+
+
+COCO = ("annotations=notes.json", "images=images", "metrics=[cider, bleu]", "words=plain")
+
+
+def test_captions_of_annotated_pictures(run, coco, tmp_path):
+    pytest.importorskip("pycocoevalcap", reason="the extra eval is not installed")
+    status, out, _ = run("caption", *COCO)
+    assert status == 0 and "CIDEr" in out and "BLEU-4" in out
+    found = captions.read_annotations(tmp_path / "notes.json", tmp_path / "images")
+    assert found[1] == (tmp_path / "images/1.png", ["picture 1 of noise"] * 2)
+    (figure, _) = results.load(tmp_path / "out").figures
+    assert figure.count == 3 and figure.protocol["words"] == "plain"
+
+
+def test_mistakes_in_annotations_are_one_clear_line(run, coco, tmp_path):
+    def evaluate(change):
+        content = json.loads(json.dumps(coco))
+        change(content)
+        (tmp_path / "notes.json").write_text(json.dumps(content))
+        return run("caption", *COCO)
+
+    assert_mistake(
+        evaluate(lambda c: c["images"][0].update(file_name="../../etc/passwd")), "leads out of"
+    )
+    assert_mistake(evaluate(lambda c: c["images"][0].update(file_name="x.png")), "x.png: no such")
+    assert_mistake(evaluate(lambda c: c.pop("annotations")), "not a COCO captions file")
+    assert_mistake(evaluate(lambda c: c["annotations"].clear()), "'0.png' has no caption")
+    assert_mistake(evaluate(lambda c: c["annotations"][1].update(image_id=9)), "annotation 1")
+    assert_mistake(
+        evaluate(lambda c: (c["images"].clear(), c["annotations"].clear())), "data set is empty"
+    )
+    assert_mistake(run("caption"), "captions_val2017.json", "annotations=FILE")
+
+
+def test_what_is_missing_for_the_published_scores_is_said_before_drawing(run, tmp_path):
+    assert_mistake(run("imagenet256"), "mismatched resolutions", "256x256", "draws 16x16")
+    small = ("resolution=16", "prompts=p.txt", "reference=real", "inception=weights.pth")
+    assert_mistake(run("imagenet256", *small), "p.txt: cannot be read", "one text a line")
+    (tmp_path / "p.txt").write_text("red heart\npizza\n")
+    assert_mistake(run("imagenet256", *small), "real: no pictures", "reference=DIR")
+    assert_mistake(run("t2i"), "prompts.txt: cannot be read")
+    assert not (tmp_path / "out/pictures").exists()
+
+
+def test_a_picture_of_another_size_or_a_pickle_is_refused(tmp_path):
+    pictures(tmp_path / "a", 2, size=8)
+    files = published.pictures_in(tmp_path / "a")
+    assert published.read_batch(files, 8).shape == (2, 3, 8, 8)
+    with pytest.raises(published.DataError, match=r"0\.png: mismatched resolutions: 8x8"):
+        published.read_batch(files, 16)
+    torch.save({"code": Path("x")}, tmp_path / "w.pth")
+    with pytest.raises(published.DataError, match=r"w\.pth: not plain weights"):
+        published.read_weights(tmp_path / "w.pth")
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    """The library, with a stand-in for the parts of torchvision that we don't use."""
+    if "torchvision" not in sys.modules:
+        names = ("torchvision", "torchvision.datasets", "torchvision.transforms")
+        for name in (*names, "torchvision.transforms.functional"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        datasets = sys.modules["torchvision.datasets"]
+        for name in ("CIFAR10", "STL10", "CIFAR100"):
+            monkeypatch.setattr(datasets, name, object, raising=False)
+        monkeypatch.setattr(
+            sys.modules["torchvision.transforms"],
+            "functional",
+            sys.modules["torchvision.transforms.functional"],
+            raising=False,
+        )
+    return pytest.importorskip("torch_fidelity", reason="the extra published is not installed")
+
+
+def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypatch):
+    """The library's own metrics, on a small network instead of Inception."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    class Small(torch.nn.Module):
+        def __init__(self, name, layers, feature_extractor_weights_path):
+            super().__init__()
+            self.maps = torch.nn.Conv2d(3, 8, 4, stride=4)
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+
+        def forward(self, x):
+            features = self.maps(x.float() / 255).mean(dim=(2, 3))
+            return features, features[:, :5] * 9
+
+    monkeypatch.setattr(module, "FeatureExtractorInceptionV3", Small)
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 8, 4, stride=4)
+    torch.save({f"maps.{k}": v for k, v in conv.state_dict().items()}, tmp_path / "weights.pth")
+    (tmp_path / "p.txt").write_text("red heart\npizza\n")
+    pictures(tmp_path / "real", 12)
+    small = ("resolution=16", "prompts=p.txt", "reference=real", "inception=weights.pth")
+    status, _, err = run("imagenet256", *small, "samples=11")
+    assert status == 0, err
+    found = {f.name.split("/")[-1]: f for f in results.load(tmp_path / "out").figures}
+    assert set(found) == {"FID", "Inception score", "precision", "recall"}
+    assert found["FID"].value > 0 and found["FID"].count == 11
+    assert found["FID"].protocol["reference"] == 12
+    assert len(list(Path("out/pictures").rglob("*.png"))) == 11
+    assert_mistake(run("imagenet256", *small, "samples=3"), "at least 4 pictures", "not 3 samples")
+    torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pth")
+    assert_mistake(run("imagenet256", *small), "not Inception weights")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """The folder of a random CLIP of a few thousand weights."""
+    transformers = pytest.importorskip("transformers", reason="the extra published is missing")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "projection_dim": 8}
+    words = ["a", "photo", "depicts", "red", "heart", "pizza"]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *(f"{w}</w>" for w in words)]
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[]
+    ).save_pretrained(folder)
+    config = transformers.CLIPConfig(
+        text_config={**shape, "vocab_size": len(tokens), "eos_token_id": 1, "bos_token_id": 0},
+        vision_config={**shape, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_clip_score_of_prompts(run, clip, tmp_path):
+    (tmp_path / "p.txt").write_text("red heart\npizza\n")
+    status, _, err = run("t2i", "prompts=p.txt", f"clip={clip}", "seeds=2")
+    assert status == 0, err
+    (figure,) = results.load(tmp_path / "out").figures
+    assert 0 <= figure.value <= 2.5 and figure.count == 2 and figure.protocol["seeds"] == 2
+    assert len(figure.protocol["evaluator_sha256"]) == 64
+    (clip / "model.safetensors").unlink()
+    assert_mistake(run("t2i", "prompts=p.txt", f"clip={clip}"), "no CLIP model", "put config.json")
