@@ -1,11 +1,14 @@
 """A model small enough to train inside a test: 2x2 positions, 3 timesteps, 16 codes."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import yaml
 
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.data.emoji import load_emoji
+from mmrdpm.evaluation import drawn
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import ModelRecipe, train
@@ -47,3 +50,21 @@ def tiny_run(tiny_recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "tiny"
     assert train(recipe.load(ModelRecipe, tiny_recipe), run)
     return run
+
+
+class PixelFeatures:
+    """Stands in for the network that judges pictures: the picture at 4x4 pixels."""
+
+    width = 48
+    protocol: ClassVar = {"evaluator": "pixels"}
+
+    def __call__(self, pictures):
+        small = [torch.tensor(list(p.resize((4, 4)).tobytes())).float() for p in pictures]
+        return torch.stack(small) / 255
+
+
+@pytest.fixture
+def pixel_features(monkeypatch, tmp_path):
+    """Judges by `PixelFeatures`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(drawn, "EfficientNetLite0", PixelFeatures)

@@ -17,7 +17,7 @@ for package in ("diffusers", "transformers", "transfusion_pytorch", "matplotlib"
     pytest.importorskip(package, reason="the extra `peers` is not installed")
 
 from mmrdpm.bench.peers import peers as registry
-from mmrdpm.bench.peers import quality, report, run
+from mmrdpm.bench.peers import report, run
 from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.llama import prefix_mask
 from mmrdpm.bench.peers.peers import MAKERS, make
@@ -264,19 +264,9 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate(tiny, scene, tmp_path
         trainer.update()
 
 
-class Pixels:
-    """Features that need no network: 2x2 pixels."""
-
-    def __call__(self, pictures):
-        small = [torch.tensor(list(p.resize((2, 2)).tobytes())).float() for p in pictures]
-        return torch.stack(small) / 255
-
-
 @pytest.fixture
-def command(mapping, scene, tmp_path, monkeypatch):
+def command(mapping, scene, tmp_path, monkeypatch, pixel_features):
     """Runs `bench peers` on a recipe file; gives the exit status."""
-    monkeypatch.setattr(quality, "EfficientNetLite0", Pixels)
-    monkeypatch.setattr(quality, "load_emoji", lambda size: scene.data)
     monkeypatch.setattr(run, "Scene", lambda recipe: scene)  # reading it takes seconds
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(mapping))

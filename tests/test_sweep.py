@@ -15,26 +15,13 @@ from mmrdpm import recipe, shipped
 from mmrdpm.cli import main
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.sweep import information, measure, spec
+from mmrdpm.sweep import information, spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import results_table
 from mmrdpm.sweep.run import count_flops, run_sweep
 from mmrdpm.train_model import ModelRecipe
 
 SWEEPS = sorted(shipped.folder("recipes").glob("ablations/*.yaml"))
-
-
-class Features:
-    """Stands in for the network: the picture at 4x4 pixels."""
-
-    def __call__(self, pictures):
-        small = [torch.tensor(list(p.resize((4, 4)).tobytes())).float() for p in pictures]
-        return torch.stack(small) / 255
-
-
-@pytest.fixture
-def cheap(monkeypatch):
-    monkeypatch.setattr(measure, "EfficientNetLite0", Features)
 
 
 @pytest.fixture
@@ -79,7 +66,7 @@ def silent(line):
 
 
 def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
-    cheap, tiny_sweep, tmp_path, capsys
+    pixel_features, tiny_sweep, tmp_path, capsys
 ):
     path, out = tiny_sweep(), tmp_path / "out"
     assert main(["sweep", str(path), "--out", str(out), "--only", "base"]) == 0

@@ -75,8 +75,8 @@ def with_and_without(captions: Sequence[Caption]) -> list[Caption]:
 
 
 def drawn(logits: Tensor, temperature: float) -> Tensor:
-    """Codes `[...]` from logits `[..., K]`, by torch's global generator."""
-    return choose(logits, Choice(temperature), torch.default_generator)
+    """Codes `[B, ...]` from logits `[B, ..., K]`, by torch's global generator."""
+    return choose(logits, Choice(temperature), [torch.default_generator] * len(logits))
 
 
 def prefix_mask(real: Tensor, blocks: Tensor) -> Tensor:
