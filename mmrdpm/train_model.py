@@ -149,7 +149,7 @@ class Trainer:
         tokens = self.recipe.data.rows * self.recipe.data.seq_len
         return (
             f"{parameters / 1e6:.1f}M parameters, {tokens} tokens an update,"
-            f" {len(self.loader.concepts)} concepts, {len(self.loader.texts)} texts,"
+            f" {self.loader.describe()},"
             f" {self.device.type} {str(self.dtype).removeprefix('torch.')},"
             f" attention {self.attention}"
         )
@@ -172,7 +172,7 @@ class Trainer:
         about = {"vocabulary": self.vocabulary.to_dict(), "step": self.step}
         state = {
             "step": self.step,
-            "next_document": self.loader.next_index,
+            "data": self.loader.state(),
             "optimizers": self.optimizers.state(),
         }
         checkpoint.save(run, self.step, self.transformer.state_dict(), about, state)
@@ -181,7 +181,8 @@ class Trainer:
         """Goes back to where the checkpoint at `path` was taken."""
         weights.load_into(self.transformer, path)
         state = checkpoint.state_of(path)
-        self.step, self.loader.next_index = state["step"], state["next_document"]
+        self.step = state["step"]
+        self.loader.restore(state["data"])
         self.optimizers.restore(state["optimizers"])
 
     def model(self) -> Model:
