@@ -127,6 +127,26 @@ class CacheWriter:
             raise DataError(str(error).replace(" and go on with --resume", " and go on")) from None
         return len(shard.texts), skipped
 
+    def write_by_ray(self, shards: Sequence[int]) -> Iterator[tuple[int, list[Broken]]]:
+        """As `write`, shared out by Ray Data over a cluster whose nodes all see the folder.
+
+        Raises:
+            DataError: Ray is not installed.
+        """
+        try:
+            import ray.data
+        except ModuleNotFoundError:
+            raise DataError("--ray needs: pip install 'mmrdpm[ray]'") from None
+
+        def make(row: dict[str, int]) -> dict[str, str]:
+            count, skipped = self.write(row["shard"])
+            return {"made": json.dumps([count, [vars(broken) for broken in skipped]])}
+
+        rows = ray.data.from_items([{"shard": i} for i in shards]).map(make)
+        for row in rows.iter_rows() if shards else ():
+            count, skipped = json.loads(row["made"])
+            yield count, [Broken(**broken) for broken in skipped]
+
     def _records(self, index: int) -> Iterator[Record]:
         if isinstance(self.source, Sharded):
             yield from self.source.shard(index)

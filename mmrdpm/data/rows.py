@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,8 @@ class Lanes:
             DataError: too many records are broken, or a source failed.
         """
         workers = min(self.plan.workers, len(self.lanes))
-        self._parts = self._parts or self._read(workers)
+        if self._parts is None:
+            self._parts = self._read(workers)
         rows: dict[int, list[Draft]] = {}
         skipped: list[Skipped] = []
         for _ in range(max(1, workers)):
@@ -136,7 +138,7 @@ class Lanes:
         check_broken(broken, seen, self.plan.max_broken_share, last.record)
 
     def _read(self, workers: int) -> Iterator[_Part]:
-        reader = _Reader(self, workers)
+        reader = _Reader(self.stream, self.plan, self.grid, self._states, max(1, workers))
         if not workers:
             return iter(reader)
         loader = DataLoader(
@@ -145,21 +147,9 @@ class Lanes:
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals,
-            generator=reader.generator,
+            generator=torch.Generator(),  # else starting workers would draw from the global one
         )
         return iter(loader)
-
-    def lane(self, lane: int, state: dict[str, Any] | None) -> Lane:
-        """One lane from a state on."""
-        plan, look_ahead = self.plan, self.plan.look_ahead or _LOOK_AHEAD
-        return Lane(
-            lambda place: self.stream.documents(lane, plan.rows, place),
-            lambda draft: draft.length(self.grid),
-            plan.seq_len,
-            look_ahead,
-            plan.max_broken_share,
-            state,
-        )
 
 
 @dataclass(frozen=True)
@@ -179,20 +169,37 @@ _Part = Sequence[_Filled] | MmrdpmError
 class _Reader(IterableDataset):
     """Fills the lanes of one worker, or all where there are no workers."""
 
-    def __init__(self, owner: Lanes, workers: int) -> None:
-        self.owner, self.states = owner, owner.state()["lanes"]
-        self.workers = max(1, workers)
-        self.generator = torch.Generator()  # else starting workers would draw from the global one
+    def __init__(
+        self,
+        stream: Stream,
+        plan: DataPlan,
+        grid: tuple[int, ...],
+        states: Mapping[int, dict[str, Any] | None],
+        workers: int,
+    ) -> None:
+        self.stream, self.plan, self.grid = stream, plan, grid
+        self.states, self.workers = dict(states), workers
 
     def __iter__(self) -> Iterator[_Part]:
         worker = get_worker_info()
-        chosen = self.owner.lanes[worker.id if worker else 0 :: self.workers]
+        chosen = list(self.states)[worker.id if worker else 0 :: self.workers]
         try:
-            lanes = {number: self.owner.lane(number, self.states[number]) for number in chosen}
+            lanes = {number: self._lane(number) for number in chosen}
             while True:
                 yield [_fill(number, lane) for number, lane in lanes.items()]
         except MmrdpmError as error:  # through a DataLoader it would become a stack trace
             yield error
+
+    def _lane(self, number: int) -> Lane:
+        plan = self.plan
+        return Lane(
+            lambda place: self.stream.documents(number, plan.rows, place),
+            lambda draft: draft.length(self.grid),
+            plan.seq_len,
+            plan.look_ahead or _LOOK_AHEAD,
+            plan.max_broken_share,
+            self.states[number],
+        )
 
 
 def _fill(number: int, lane: Lane) -> _Filled:
@@ -205,6 +212,9 @@ def _as_it_is(part: _Part) -> _Part:
 
 
 def _leave_signals(_: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the trainer finishes its step first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and SIGTERM may reach the whole process group, and the trainer wants to save first.
+
+    A worker that dies of a signal would raise in the trainer at once; one that leaves does not.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -35,17 +35,16 @@ class Shards(Sharded):
         self, urls: str, image: str = "", caption: str = "", label: str = "", template: str = ""
     ) -> None:
         try:
-            from webdataset import gopen, shardlists
+            from webdataset.gopen import gopen
+            from webdataset.shardlists import expand_urls
         except ModuleNotFoundError:
             raise DataError(
                 "webdataset shards need the extra: pip install 'mmrdpm[data]'"
             ) from None
-        self._open = gopen.gopen
+        self._open = gopen
         self.image, self.caption = image, caption or "txt"
         self.label, self.template = label or "cls", template
-        self.urls = [
-            url for part in shardlists.expand_urls(urls) for url in _expand(part.strip()) if url
-        ]
+        self.urls = [url for part in expand_urls(urls) for url in _expand(part.strip()) if url]
         if not self.urls:
             raise DataError(f"{urls!r}: names no shards: correct the path")
 
