@@ -6,6 +6,7 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -59,14 +60,16 @@ class Shards(Sharded):
         except OSError as error:
             raise _unreachable(url, error) from None
         try:
-            yield from self._records(url, stream)
-        except tarfile.TarError as error:
-            _close(url, stream)  # a transfer that failed cuts the archive too, and says so here
-            yield Broken(url, "damaged shard", f"{error}; its later records are left out")
+            try:
+                yield from self._records(url, stream)
+            except tarfile.TarError as damage:
+                _drain(stream)
+                yield Broken(url, "damaged shard", f"{damage}; its later records are left out")
         except OSError as error:
             raise _unreachable(url, error) from None
         finally:
-            stream.close()
+            with suppress(OSError):  # of a command that was not read to its end
+                stream.close()
 
     def _records(self, url: str, stream: IO[bytes]) -> Iterator[Record]:
         name, members = "", _Members()
@@ -135,11 +138,11 @@ def _expand(url: str) -> list[str]:
     return [str(path) for path in find(url, frozenset({".tar", ".tgz", ".gz"}))]
 
 
-def _close(url: str, stream: IO[bytes]) -> None:
-    try:
-        stream.close()
-    except OSError as error:
-        raise _unreachable(url, error) from None
+def _drain(stream: IO[bytes]) -> None:
+    """Reads to the end; raises OSError if the archive is cut because its transfer failed."""
+    while stream.read(1 << 20):
+        pass
+    stream.close()
 
 
 def _unreachable(url: str, error: OSError) -> DataError:
