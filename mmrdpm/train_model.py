@@ -140,7 +140,12 @@ class Trainer:
         self.transformer.plan = backend.planner(self.attention)
         self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype)
         self.loader = Loader(
-            recipe.data, recipe.train.seed, self.images, self.texts, self.vocabulary
+            recipe.data,
+            recipe.train.seed,
+            self.images,
+            self.texts,
+            self.vocabulary,
+            skipped_log=run / "skipped.jsonl",
         )
 
     def describe(self) -> str:

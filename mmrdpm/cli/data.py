@@ -99,11 +99,11 @@ def _writer(source: Source, tokenizer: str, options: argparse.Namespace, name: s
 def _fill(name: str, writer: CacheWriter, options: argparse.Namespace) -> None:
     """Makes this process's share of the missing shards."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    missing = writer.missing()
-    mine = [i for i in missing if i % world_size == rank]
+    mine = range(rank, writer.manifest.shards, world_size)
+    missing = [i for i in writer.missing() if i in mine]
     make = writer.write_by_ray if options.ray else lambda shards: map(writer.write, shards)
-    with _progress(name, writer.manifest.shards, writer.manifest.shards - len(missing)) as advance:
-        for _, skipped in make(mine):
+    with _progress(name, len(mine), len(mine) - len(missing)) as advance:
+        for _, skipped in make(missing):
             advance()
             for broken in skipped:
                 print(f"{broken.key}: {broken.cause} {broken.detail}".rstrip(), file=sys.stderr)

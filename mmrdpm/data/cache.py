@@ -119,7 +119,7 @@ class CacheWriter:
                 elif isinstance(record, Broken):
                     skipped.append(record)
             except PictureError as error:
-                skipped.append(Broken(record.key, error.cause, str(error)))
+                skipped.append(Broken(record.key, error.cause, error.detail))
         causes = Counter(broken.cause for broken in skipped)
         try:
             weights.save(shard.tensors(), shard_path(self.folder, index), {"skipped": causes})

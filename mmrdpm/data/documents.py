@@ -241,7 +241,7 @@ def _pixels(picture: Picture, size: int) -> np.ndarray:
     try:
         return to_square(picture_of(picture), size)
     except PictureError as error:
-        raise _Unfit(error.cause, str(error)) from None
+        raise _Unfit(error.cause, error.detail) from None
 
 
 def _closed(done: list[tuple[int, ...] | ImageDraft], run: list[int]) -> Draft:

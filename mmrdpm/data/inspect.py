@@ -95,7 +95,7 @@ def _look(record: Record, findings: Findings) -> None:
             case Broken():
                 _problem(record.key, record.cause, record.detail, findings)
     except PictureError as error:
-        _problem(record.key, error.cause, "", findings)
+        _problem(record.key, error.cause, error.detail, findings)
 
 
 def _picture(picture: Picture, findings: Findings) -> str:

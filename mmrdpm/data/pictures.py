@@ -19,11 +19,11 @@ MAX_PIXELS = 64_000_000  # what one picture may hold once decoded: 64 megapixels
 
 
 class PictureError(DataError):
-    """A picture that cannot be used; `cause` is the kind of fault, to count by."""
+    """A picture that cannot be used: `cause` is the kind of fault, `detail` what is special."""
 
     def __init__(self, where: str, cause: str, more: str = "") -> None:
         super().__init__(f"{where}: {cause}{more}")
-        self.cause = cause
+        self.cause, self.detail = cause, more.strip(" :")
 
 
 def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Image:

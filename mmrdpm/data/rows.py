@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import DataError, MmrdpmError
 
 _LOOK_AHEAD = 16
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 class Stream(Protocol):
@@ -146,7 +149,7 @@ class Lanes:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else starting workers would draw from the global one
         )
         return iter(loader)
@@ -211,10 +214,13 @@ def _as_it_is(part: _Part) -> _Part:
     return part
 
 
-def _leave_signals(_: int) -> None:
+def _begin_worker(_: int) -> None:
     """Ctrl-C and SIGTERM may reach the whole process group, and the trainer wants to save first.
 
     A worker that dies of a signal would raise in the trainer at once; one that leaves does not.
+    Where the trainer is killed, a worker with rows to hand over would wait for ever.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
