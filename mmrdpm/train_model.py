@@ -170,7 +170,8 @@ class Trainer:
         norm = self.optimizers.step(lr)
         self.step += 1
         tokens = int((packed.layout.document_ids >= 0).sum())
-        return losses, {"lr": lr, "gradient_norm": norm, "tokens": tokens}
+        figures = {"lr": lr, "gradient_norm": norm, "tokens": tokens}
+        return losses, figures | self.loader.figures()
 
     def save(self, run: Path) -> None:
         """Writes a checkpoint of the run."""
@@ -234,6 +235,7 @@ class Meter:
             "lr": self.latest["lr"],
             "gradient_norm": self.latest["gradient_norm"],
             "tokens_per_second": speed,
+            **{name: value for name, value in self.latest.items() if name.startswith("data/")},
         }
         first, last = means[self.num_timesteps + 1].item(), means[2].item()
         shown = {
