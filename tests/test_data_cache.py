@@ -229,6 +229,8 @@ def test_inspect_of_a_recipe_shows_each_source(cache_recipe, capsys):
     assert "add up to 0.5, not to 1" in capsys.readouterr().err
     assert main(["data", "inspect", "/no/such/folder/at/all"]) == 1
     assert "no such file or folder" in capsys.readouterr().err
+    assert main(["data", "inspect", "s-0.tar", "s-1.tar"]) == 1
+    assert "put braces and stars in quotes" in capsys.readouterr().err
 
 
 def test_a_damaged_manifest_is_one_clear_error(cache, tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from mmrdpm import shipped, text_tokenizer
 from mmrdpm.attention.layout import BlockKind
+from mmrdpm.data import emoji_stream
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.emoji_stream import latents_of
 from mmrdpm.data.glosses import load_glosses
@@ -20,10 +21,15 @@ def make(tiny_tokenizers):
     images = image_tokenizer.load(tiny_tokenizers / "image")
     texts = text_tokenizer.load(tiny_tokenizers / "text")
     vocabulary = Vocabulary(texts.size, images.codebook_size)
+    data = load_emoji(images.image_size)
+    latents = latents_of(images, data)  # once for all loaders: it takes seconds
 
     def make_loader(seed=0, rank=0, world_size=1, **plan):
         shape = {"rows": 3, "seq_len": 96, "steps_per_image": 2} | plan
-        return Loader(DataPlan(**shape), seed, images, texts, vocabulary, rank, world_size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(emoji_stream, "load_emoji", lambda _: data)
+            patch.setattr(emoji_stream, "latents_of", lambda *_: latents)
+            return Loader(DataPlan(**shape), seed, images, texts, vocabulary, rank, world_size)
 
     return make_loader
 

@@ -62,7 +62,13 @@ def _configs(source: str, overrides: list[str]) -> dict[str, SourceConfig]:
         embedded = {"emoji": SourceConfig("emoji"), "glosses": SourceConfig("glosses")}
         return loaded.data.sources or embedded
     mapping = recipe.to_dict(guess(source))
-    for key, _, value in (override.partition("=") for override in overrides):
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UsageError(
+                f"{override!r}: one source at a time, and its keys as key=value (put braces and"
+                " stars in quotes, or the shell makes many words of them)"
+            )
         mapping[key] = value
     return {"source": recipe.from_dict(SourceConfig, mapping, source)}
 
