@@ -21,8 +21,9 @@ from mmrdpm.attention import backend
 from mmrdpm.attention.backend import Name
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.loader import DataPlan, Loader
+from mmrdpm.data.loader import Loader
 from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import CheckpointError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
