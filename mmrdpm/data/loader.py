@@ -23,7 +23,7 @@ from mmrdpm.data.emoji_stream import EmojiStream
 from mmrdpm.data.mixture import Mixture
 from mmrdpm.data.packing import Skipped
 from mmrdpm.data.pictures import to_tensor
-from mmrdpm.data.plan import DataPlan as DataPlan
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.rows import InOrder, Lanes, Stream
 from mmrdpm.data.sources import open_source
 from mmrdpm.data.sources.cached import CachedLatents
