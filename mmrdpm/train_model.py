@@ -21,8 +21,9 @@ from mmrdpm.attention import backend
 from mmrdpm.attention.backend import Name
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.loader import DataPlan, Loader
+from mmrdpm.data.loader import Loader
 from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import CheckpointError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
@@ -140,7 +141,12 @@ class Trainer:
         self.transformer.plan = backend.planner(self.attention)
         self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype)
         self.loader = Loader(
-            recipe.data, recipe.train.seed, self.images, self.texts, self.vocabulary
+            recipe.data,
+            recipe.train.seed,
+            self.images,
+            self.texts,
+            self.vocabulary,
+            skipped_log=run / "skipped.jsonl",
         )
 
     def describe(self) -> str:
@@ -149,7 +155,7 @@ class Trainer:
         tokens = self.recipe.data.rows * self.recipe.data.seq_len
         return (
             f"{parameters / 1e6:.1f}M parameters, {tokens} tokens an update,"
-            f" {len(self.loader.concepts)} concepts, {len(self.loader.texts)} texts,"
+            f" {self.loader.describe()},"
             f" {self.device.type} {str(self.dtype).removeprefix('torch.')},"
             f" attention {self.attention}"
         )
@@ -165,14 +171,15 @@ class Trainer:
         norm = self.optimizers.step(lr)
         self.step += 1
         tokens = int((packed.layout.document_ids >= 0).sum())
-        return losses, {"lr": lr, "gradient_norm": norm, "tokens": tokens}
+        figures = {"lr": lr, "gradient_norm": norm, "tokens": tokens}
+        return losses, figures | self.loader.figures()
 
     def save(self, run: Path) -> None:
         """Writes a checkpoint of the run."""
         about = {"vocabulary": self.vocabulary.to_dict(), "step": self.step}
         state = {
             "step": self.step,
-            "next_document": self.loader.next_index,
+            "data": self.loader.state(),
             "optimizers": self.optimizers.state(),
         }
         checkpoint.save(run, self.step, self.transformer.state_dict(), about, state)
@@ -181,7 +188,8 @@ class Trainer:
         """Goes back to where the checkpoint at `path` was taken."""
         weights.load_into(self.transformer, path)
         state = checkpoint.state_of(path)
-        self.step, self.loader.next_index = state["step"], state["next_document"]
+        self.step = state["step"]
+        self.loader.restore(state["data"])
         self.optimizers.restore(state["optimizers"])
 
     def model(self) -> Model:
@@ -228,6 +236,7 @@ class Meter:
             "lr": self.latest["lr"],
             "gradient_norm": self.latest["gradient_norm"],
             "tokens_per_second": speed,
+            **{name: value for name, value in self.latest.items() if name.startswith("data/")},
         }
         first, last = means[self.num_timesteps + 1].item(), means[2].item()
         shown = {

@@ -1,11 +1,16 @@
+import hashlib
+
 import pytest
 import torch
 
-from mmrdpm import text_tokenizer
+from mmrdpm import shipped, text_tokenizer
 from mmrdpm.attention.layout import BlockKind
+from mmrdpm.data import emoji_stream
 from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.emoji_stream import latents_of
 from mmrdpm.data.glosses import load_glosses
-from mmrdpm.data.loader import DataPlan, Loader, latents_of
+from mmrdpm.data.loader import Loader
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import DataError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.vocabulary import Vocabulary
@@ -16,10 +21,15 @@ def make(tiny_tokenizers):
     images = image_tokenizer.load(tiny_tokenizers / "image")
     texts = text_tokenizer.load(tiny_tokenizers / "text")
     vocabulary = Vocabulary(texts.size, images.codebook_size)
+    data = load_emoji(images.image_size)
+    latents = latents_of(images, data)  # once for all loaders: it takes seconds
 
-    def make_loader(seed=0, **plan):
+    def make_loader(seed=0, rank=0, world_size=1, **plan):
         shape = {"rows": 3, "seq_len": 96, "steps_per_image": 2} | plan
-        return Loader(DataPlan(**shape), seed, images, texts, vocabulary)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(emoji_stream, "load_emoji", lambda _: data)
+            patch.setattr(emoji_stream, "latents_of", lambda *_: latents)
+            return Loader(DataPlan(**shape), seed, images, texts, vocabulary, rank, world_size)
 
     return make_loader
 
@@ -34,20 +44,20 @@ def equal(a, b):
 def test_the_stream_goes_on_from_one_number(make):
     whole, later = make(), make()
     batches = [whole.batch() for _ in range(3)]
-    later.next_index = 0
     assert equal(later.batch(), batches[0])
-    place = later.next_index
     fresh = make()
-    fresh.next_index = place
+    fresh.restore(later.state())
     assert equal(fresh.batch(), batches[1]) and not equal(batches[0], batches[1])
     assert not equal(make(seed=1).batch(), batches[0])
 
 
 def test_only_training_pictures_are_shown(make):
     loader, data = make(), load_emoji(16)
-    shown = {i for concept in loader.concepts for i in concept}
+    shown = {i for concept in loader.stream.concepts for i in concept}
     assert shown == set(data.indices("train"))
-    assert all(not data.tones[concept[0]] for concept in loader.concepts if len(concept) == 6)
+    assert all(
+        not data.tones[concept[0]] for concept in loader.stream.concepts if len(concept) == 6
+    )
 
 
 def test_noisy_targets_are_the_codes_of_a_training_picture(make):
@@ -79,19 +89,20 @@ def test_captions_follow_clean_images_and_are_their_names(make):
     start = ids.index(v.image_end)
     assert ids[-1] == v.eos
     tokens = ids[start + 1 : -1]
-    assert any(tuple(tokens) == loader.captions[i] for i in data.indices("train"))
+    assert any(tuple(tokens) == loader.stream.captions[i] for i in data.indices("train"))
     assert latents_of(loader.image_tokenizer, data).shape == (len(data.names), 2, 2, 4)
 
 
 def test_shares_and_dropout_are_kept(make):
     loader = make()
-    drafts = [loader._draft(i) for i in range(2000)]
-    images = [d for d in drafts if d.timesteps]
+    drafts = [loader.stream.draft(i) for i in range(2000)]
+    images = [d for d in drafts if len(d.parts) == 2]
     assert len(images) / 2000 == pytest.approx(0.55, abs=0.04)
-    assert sum(bool(d.after) for d in drafts) / 2000 == pytest.approx(0.25, abs=0.04)
-    empty = sum(len(d.before) == 2 for d in images) / len(images)
+    assert sum(len(d.parts) == 3 for d in drafts) / 2000 == pytest.approx(0.25, abs=0.04)
+    empty = sum(len(d.parts[0]) == 2 for d in images) / len(images)
     assert empty == pytest.approx(0.1, abs=0.03)
-    assert all(len(set(d.timesteps)) == 2 and d.timesteps[0] > d.timesteps[1] for d in images)
+    timesteps = [d.images[0].timesteps for d in images]
+    assert all(len(set(t)) == 2 and t[0] > t[1] for t in timesteps)
 
 
 def test_what_cannot_fit_is_refused(make):
@@ -105,3 +116,33 @@ def test_definitions_are_plain_sentences():
     glosses = load_glosses()
     assert "a lantern is light in a transparent protective case." in glosses
     assert len(glosses) > 10_000 and all(text.endswith(".") for text in glosses)
+
+
+def test_the_embedded_stream_is_the_one_that_the_shipped_model_was_trained_on():
+    """Recorded from the loader before there were sources: seed 0, recipes/emoji_cpu.yaml."""
+    images = image_tokenizer.load(shipped.resolve("tokenizers", "emoji-rdpm-32"))
+    texts = text_tokenizer.load(shipped.resolve("tokenizers", "emoji-bpe-4k"))
+    vocabulary = Vocabulary(texts.size, images.codebook_size)
+    loader = Loader(DataPlan(rows=12), 0, images, texts, vocabulary)
+    batches = [loader.batch() for _ in range(2)]
+    assert loader.state()["next_document"] == 122
+    assert [digest(batch) for batch in batches] == ["1c567dd119056262", "81f8d163b856fe1d"]
+
+
+def digest(batch):
+    """Of all that is exact on any machine: ids, timesteps, positions and layout."""
+    tensors = (batch.token_ids, batch.timesteps, batch.positions, batch.layout.document_ids)
+    content = b"".join(t.numpy().tobytes() for t in (*tensors, batch.layout.kinds))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_ranks_share_the_rows_of_one_batch(make):
+    whole, parts = make(rows=4), [make(rows=4, rank=r, world_size=2) for r in range(2)]
+    for _ in range(2):
+        batch, shared = whole.batch(), [part.batch() for part in parts]
+        for row in range(4):
+            mine = shared[row % 2]
+            assert torch.equal(batch.token_ids[row], mine.token_ids[row // 2])
+            assert torch.equal(batch.targets[row], mine.targets[row // 2])
+    with pytest.raises(DataError, match="3 ranks cannot share evenly"):
+        make(rows=4, rank=0, world_size=3)

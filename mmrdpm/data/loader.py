@@ -1,75 +1,51 @@
-"""The training stream: documents drawn from the embedded data, packed into rows.
+"""The training stream: documents packed into rows, their images tokenised with fresh noise.
 
-Document i of a stream is a function of (seed, i) alone, and a batch takes documents in order until
-one does not fit; so the place in the stream is one number, and a resumed run goes on exactly.
+Of the global batch's rows, rank r of W takes r, r + W, r + 2W, ...; the batch at a step is the
+same whatever the number of ranks and worker processes, so its place can be saved by one number of
+them and restored by another. docs/data.md says precisely what is promised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmrdpm.data.emoji import EmojiData, load_emoji
-from mmrdpm.data.glosses import load_glosses
+from mmrdpm.data.cache import fingerprint
+from mmrdpm.data.documents import Draft, Drafter
+from mmrdpm.data.emoji_stream import EmojiStream
+from mmrdpm.data.mixture import Mixture
+from mmrdpm.data.packing import Skipped
 from mmrdpm.data.pictures import to_tensor
-from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, pack
+from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.rows import InOrder, Lanes, Stream
+from mmrdpm.data.sources import open_source
+from mmrdpm.data.sources.cached import CachedLatents
+from mmrdpm.document import Document, Packed, pack
 from mmrdpm.errors import DataError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.vocabulary import Vocabulary
 
-
-@dataclass(frozen=True)
-class DataPlan:
-    """What the stream holds.
-
-    Attributes:
-        image_share, caption_share: of the documents, caption -> image and image -> caption;
-            the rest is text.
-        caption_dropout: of the caption -> image documents, those with an empty caption, which
-            classifier-free guidance needs.
-        steps_per_image: how many of the T timesteps one document learns, drawn at random.
-        rows, seq_len: tokens per update, `rows * seq_len`.
-    """
-
-    image_share: float = field(default=0.55, metadata={"min": 0.0, "max": 1.0})
-    caption_share: float = field(default=0.25, metadata={"min": 0.0, "max": 1.0})
-    caption_dropout: float = field(default=0.1, metadata={"min": 0.0, "max": 1.0})
-    steps_per_image: int = field(default=4, metadata={"min": 1})
-    rows: int = field(default=24, metadata={"min": 1})
-    seq_len: int = field(default=256, metadata={"min": 16})
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A document before its image is tokenised."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...] = ()
-    image: int | None = None
-    noise_seed: int = 0
-    timesteps: tuple[int, ...] = ()
-
-    def length(self, block: int) -> int:
-        """Tokens in a row; `block` is the number of positions of one image block."""
-        blocks = len(self.timesteps) or (1 if self.image is not None else 0)
-        return len(self.before) + len(self.after) + blocks * block
-
-    def document(self, images: Iterator[tuple[Tensor, Tensor]]) -> Document:
-        """The document; one with an image takes the next `(code_indices, states)`."""
-        before, after = TextSegment(self.before), TextSegment(self.after)
-        if self.image is None:
-            return [before]
-        image = ImageSegment(*next(images), self.timesteps, clean=bool(self.after))
-        return [before, image, after] if self.after else [before, image]
+_AT_ONCE = 64  # images through the autoencoder
 
 
 class Loader:
-    """Batches of packed rows; `next_index` is all there is to its state."""
+    """Batches of packed rows for one rank.
+
+    Args:
+        skipped_log: file to which every record that is left out is added, as a JSON line.
+
+    Raises:
+        RecipeError, DataError: the plan or a source cannot be used, or `plan.rows` cannot be
+            dealt evenly to the ranks.
+    """
 
     def __init__(
         self,
@@ -78,98 +54,140 @@ class Loader:
         image_tokenizer: ImageTokenizer,
         text_tokenizer: TextTokenizer,
         vocabulary: Vocabulary,
+        rank: int = 0,
+        world_size: int = 1,
+        skipped_log: Path | None = None,
     ) -> None:
-        self.plan, self.seed, self.next_index = plan, seed, 0
-        self.image_tokenizer, self.vocabulary = image_tokenizer, vocabulary
-        self.timesteps = image_tokenizer.num_timesteps
-        if plan.steps_per_image > self.timesteps:
+        if plan.rows % world_size:
             raise DataError(
-                f"data.steps_per_image is {plan.steps_per_image}, the image tokeniser has only"
-                f" {self.timesteps} timesteps: lower it"
+                f"data.rows is {plan.rows}, which {world_size} ranks cannot share evenly: make it a"
+                f" multiple of {world_size}"
             )
-        data = load_emoji(image_tokenizer.image_size)
-        self.concepts = _variants(data)
-        self.captions = [tuple(text_tokenizer.encode(name)) for name in data.names]
-        glosses = load_glosses()
-        capitalised = [text[:1].upper() + text[1:] for text in glosses]
-        self.texts = [tuple(text_tokenizer.encode(text)) for text in glosses + capitalised]
-        self.latents = latents_of(image_tokenizer, data)
+        self.plan, self.vocabulary, self.image_tokenizer = plan, vocabulary, image_tokenizer
+        self.stream = open_stream(plan, seed, image_tokenizer, text_tokenizer, vocabulary)
+        in_order = not plan.sources and plan.look_ahead is None
+        kind = InOrder if in_order else Lanes
+        self.rows = kind(self.stream, plan, image_tokenizer.grid, rank, world_size)
+        self.skipped: Counter[str] = Counter()
+        self.skipped_log = skipped_log
+        self._tokens = self._places = 0
+
+    def describe(self) -> str:
+        """One line about the size of things."""
+        return self.stream.describe()
+
+    def state(self) -> dict[str, Any]:
+        """This rank's place in the data, after the last batch; see `merge_states`."""
+        return {"data": self.stream.fingerprints(), **self.rows.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to a place saved by any number of ranks, merged.
+
+        Raises:
+            DataError: the data are not those that the place was saved for.
+        """
+        now = self.stream.fingerprints()
+        changed = [name for name in now | state["data"] if now.get(name) != state["data"].get(name)]
+        if changed:
+            raise DataError(
+                f"the data changed since the run was saved ({', '.join(changed)}): its place in"
+                " them means nothing now: put them back as they were, or begin a new run"
+            )
+        self.rows.restore(state)
 
     @torch.no_grad()
     def batch(self) -> Packed:
-        """The next rows.
+        """The next rows of this rank.
 
         Raises:
-            DataError: a document is longer than a row.
+            DataError: a source failed, too many records are broken, or one is longer than a row.
         """
-        plan, block = self.plan, int(np.prod(self.image_tokenizer.grid))
-        rows: list[list[_Draft]] = [[] for _ in range(plan.rows)]
-        room = [plan.seq_len] * plan.rows
-        while True:
-            draft = self._draft(self.next_index)
-            size = draft.length(block)
-            if size > plan.seq_len:
-                raise DataError(
-                    f"document {self.next_index} takes {size} tokens, more than data.seq_len"
-                    f" {plan.seq_len}: raise it, or lower data.steps_per_image"
-                )
-            row = next((r for r in range(plan.rows) if room[r] >= size), None)
-            if row is None:
-                break
-            rows[row].append(draft)
-            room[row] -= size
-            self.next_index += 1
+        rows, skipped = self.rows.next()
+        self._log(skipped)
+        grid = self.image_tokenizer.grid
+        self._tokens += sum(draft.length(grid) for row in rows for draft in row)
+        self._places += len(rows) * self.plan.seq_len
         channels = self.image_tokenizer.latent_channels
-        rank = len(self.image_tokenizer.grid)
-        return pack(self._tokenise(rows), plan.seq_len, self.vocabulary, channels, rank)
+        return pack(self._tokenise(rows), self.plan.seq_len, self.vocabulary, channels, len(grid))
 
-    def _draft(self, index: int) -> _Draft:
-        """Document `index` of the stream."""
-        random = np.random.default_rng((self.seed, index))
-        vocabulary, task = self.vocabulary, random.random()
-        if task >= self.plan.image_share + self.plan.caption_share:
-            text = self.texts[random.integers(len(self.texts))]
-            return _Draft((vocabulary.bos, *text, vocabulary.eos))
-        concept = self.concepts[random.integers(len(self.concepts))]
-        image = concept[0] if random.random() < 0.5 else concept[random.integers(len(concept))]
-        caption, noise_seed = self.captions[image], int(random.integers(2**62))
-        if task >= self.plan.image_share:
-            after = (vocabulary.image_end, *caption, vocabulary.eos)
-            return _Draft((vocabulary.bos, vocabulary.image_start), after, image, noise_seed)
-        if random.random() < self.plan.caption_dropout:
-            caption = ()
-        prompt = (vocabulary.bos, *caption, vocabulary.image_start)
-        drawn = random.choice(self.timesteps, self.plan.steps_per_image, replace=False)
-        timesteps = tuple(sorted((int(t) + 1 for t in drawn), reverse=True))
-        return _Draft(prompt, (), image, noise_seed, timesteps)
+    def figures(self) -> dict[str, float]:
+        """For the log: the share of tokens that are no padding, since the start of this process,
+        and the number of records left out."""
+        useful = self._tokens / self._places if self._places else 1.0
+        return {"data/useful_tokens": useful, "data/skipped": self.skipped.total()}
 
-    def _tokenise(self, rows: list[list[_Draft]]) -> list[list[Document]]:
+    def _log(self, skipped: Sequence[Skipped]) -> None:
+        self.skipped.update(f"{s.source}: {s.record.cause}" for s in skipped)
+        if self.skipped_log and skipped:
+            with open(self.skipped_log, "a", encoding="utf-8") as file:
+                for s in skipped:
+                    file.write(json.dumps({"source": s.source, **vars(s.record)}) + "\n")
+
+    def _tokenise(self, rows: Sequence[Sequence[Draft]]) -> list[list[Document]]:
         """Fresh codes for all images of a batch at once."""
-        drafts = [draft for row in rows for draft in row if draft.image is not None]
-        if not drafts:
-            return [[draft.document(iter(())) for draft in row] for row in rows]
-        latents = self.latents[[draft.image for draft in drafts]]
-        code_indices, states = self.image_tokenizer.encode_latents(
-            latents, [draft.noise_seed for draft in drafts]
-        )
-        images = zip(code_indices.unbind(1), states.unbind(1), strict=True)
-        return [[draft.document(images) for draft in row] for row in rows]
+        drafts = [image for row in rows for draft in row for image in draft.images]
+        tokenised = self._codes([d.image for d in drafts], [d.noise_seed for d in drafts])
+        return [[draft.document(tokenised) for draft in row] for row in rows]
+
+    def _codes(
+        self, images: Sequence[np.ndarray], seeds: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`(code_indices, states)` of each image; images of one grid go together."""
+        latents = self._latents(images)
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        for grid in sorted({latent.shape for latent in latents}):
+            places = [i for i, latent in enumerate(latents) if latent.shape == grid]
+            code_indices, states = self.image_tokenizer.encode_latents(
+                torch.stack([latents[i] for i in places]), [seeds[i] for i in places]
+            )
+            each = zip(code_indices.unbind(1), states.unbind(1), strict=True)
+            done.update(zip(places, each, strict=True))
+        return (done[i] for i in range(len(latents)))
+
+    def _latents(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        """Float32 `[*grid, C]` each; images in pixels go through the autoencoder."""
+        device = self.image_tokenizer.codebook.codes.device
+        latents = {
+            i: torch.from_numpy(image).to(device).float()
+            for i, image in enumerate(images)
+            if image.dtype != np.uint8
+        }
+        places = [i for i in range(len(images)) if i not in latents]
+        for begin in range(0, len(places), _AT_ONCE):
+            chosen = places[begin : begin + _AT_ONCE]
+            pictures = to_tensor(np.stack([images[i] for i in chosen])).to(device)
+            encoded = self.image_tokenizer.autoencoder.encode(pictures)
+            latents.update(zip(chosen, encoded, strict=True))
+        return [latents[i] for i in range(len(images))]
 
 
-@torch.no_grad()
-def latents_of(tokenizer: ImageTokenizer, data: EmojiData) -> Tensor:
-    """The latents of all pictures, float32 `[n, *grid, C]`."""
-    chunks = to_tensor(data.images).split(256)
-    return torch.cat([tokenizer.autoencoder.encode(chunk) for chunk in chunks])
+def open_stream(
+    plan: DataPlan,
+    seed: int,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer,
+    vocabulary: Vocabulary,
+) -> Stream:
+    """The mixture that a plan names, or the embedded stream where it names none.
 
-
-def _variants(data: EmojiData) -> list[list[int]]:
-    """The training pictures of each concept, the one without a skin tone first.
-
-    Drawing a concept first, then a variant, keeps the many toned people from crowding out the
-    rest; the variant without a tone is drawn half of the time.
+    Raises:
+        RecipeError, DataError: the plan or a source cannot be used.
     """
-    concepts: dict[str, list[int]] = {}
-    for index in sorted(data.indices("train"), key=lambda i: bool(data.tones[i])):
-        concepts.setdefault(data.concepts[index], []).append(index)
-    return list(concepts.values())
+    drafter = Drafter(plan, text_tokenizer, vocabulary, image_tokenizer)
+    if not plan.sources:
+        return EmojiStream(seed, drafter, image_tokenizer)
+    drafter.check_fits()
+    sources = {name: open_source(name, config) for name, config in plan.sources.items()}
+    for source in sources.values():
+        if isinstance(source, CachedLatents):
+            source.check_autoencoder(fingerprint(image_tokenizer))
+    weights = {name: config.weight for name, config in plan.sources.items()}
+    return Mixture(sources, weights, seed, drafter)
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks as one, which any number of ranks can restore."""
+    merged = dict(states[0])
+    if "lanes" in merged:
+        merged["lanes"] = {lane: s for state in states for lane, s in state["lanes"].items()}
+    return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,19 @@ from mmrdpm.errors import DataError
 MAX_PIXELS = 64_000_000  # what one picture may hold once decoded: 64 megapixels, 256 MB as RGBA
 
 
+class PictureError(DataError):
+    """A picture that cannot be used: `cause` is the kind of fault, `detail` what is special."""
+
+    def __init__(self, where: str, cause: str, more: str = "") -> None:
+        super().__init__(f"{where}: {cause}{more}")
+        self.cause, self.detail = cause, more.strip(" :")
+
+
 def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
     """Reads one picture as RGB, turned upright, transparent parts on white.
 
     Raises:
-        DataError: it is missing, no picture, damaged, or larger than `MAX_PIXELS`.
+        PictureError: it is missing, no picture, damaged, or larger than `MAX_PIXELS`.
     """
     where = name or str(source)
     try:
@@ -29,17 +38,32 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
-                    raise DataError(
-                        f"{where}: {picture.width}x{picture.height} pixels are more than the"
-                        f" limit of {MAX_PIXELS // 10**6} megapixels: make it smaller first"
+                    raise PictureError(
+                        where,
+                        f"more pixels than the limit of {MAX_PIXELS // 10**6} megapixels",
+                        f" ({picture.width}x{picture.height}): make it smaller first",
                     )
                 return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
-        raise DataError(f"{where}: no such file") from None
+        raise PictureError(where, "no such file") from None
     except UnidentifiedImageError:
-        raise DataError(f"{where}: not a picture that can be read (PNG, JPEG, WebP, ...)") from None
+        cause = "not a picture that can be read"
+        raise PictureError(where, cause, " (PNG, JPEG, WebP, ...)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: the picture could not be read: {error}") from None
+        raise PictureError(where, "the picture could not be read", f": {error}") from None
+
+
+def picture_of(content: Path | bytes | np.ndarray) -> Image.Image:
+    """A file, its bytes or uint8 pixels `[H, W, 3]` as RGB.
+
+    Raises:
+        PictureError: as `open_picture`.
+    """
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(content)
+    if isinstance(content, bytes):
+        return open_picture(io.BytesIO(content), "image")
+    return open_picture(content)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -90,13 +90,13 @@ class ImageTokenizer(nn.Module):
     def image_size(self) -> int:
         return self.config.autoencoder.image_size
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """The noise of token records: float32 `[num_noises, B, *grid, C]`.
+    def noise(self, seeds: Sequence[int], grid: Sequence[int] | None = None) -> Tensor:
+        """The noise of token records: float32 `[num_noises, B, *grid, C]`, by default square.
 
         Each record draws from its own generator on the CPU, so its noise depends on nothing but
         its seed: not on the batch, nor on the device.
         """
-        shape = (self.trajectory.num_noises, *self.grid, self.latent_channels)
+        shape = (self.trajectory.num_noises, *(grid or self.grid), self.latent_channels)
         noises = [
             torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
         ]
@@ -104,7 +104,8 @@ class ImageTokenizer(nn.Module):
 
     def encode_latents(self, latents: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Latents `[B, *grid, C]` -> code indices `[T, B, *grid]` and states, see `encode`."""
-        return encode(self.trajectory, self.codebook, latents, self.noise(seeds))
+        noise = self.noise(seeds, latents.shape[1:-1])
+        return encode(self.trajectory, self.codebook, latents, noise)
 
     def encode(self, images: Tensor, seeds: Sequence[int]) -> list[TokenRecord]:
         """Images `[B, 3, H, W]` in [-1, 1] -> one token record each."""

@@ -1,0 +1,130 @@
+"""Looks at data and caches latents."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmrdpm import machine, recipe, shipped
+from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
+from mmrdpm.data.cache import CacheWriter
+from mmrdpm.data.inspect import guess, inspect
+from mmrdpm.data.records import Indexed, Source
+from mmrdpm.data.sources import SourceConfig, open_source
+from mmrdpm.errors import MmrdpmError, UsageError
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.train_model import ModelRecipe
+
+
+def add(commands: Commands) -> None:
+    """Registers `data ...`."""
+    of = group(commands, "data", "Looks at data and caches latents.")
+    p = command(of, data_inspect, "inspect")
+    p.add_argument("source", metavar="SOURCE", help="recipe, or path, glob, URL or hub id of data")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, or the source")
+    p.add_argument("--n", type=count, default=16, help="records of each source")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where contact sheets go")
+    p = command(of, data_cache, "cache")
+    recipe_options(p)
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--per-shard", type=count, default=1000, help="records in a shard")
+    p.add_argument("--buckets", action="store_true", help="keep aspect ratios")
+    p.add_argument("--ray", action="store_true", help="share the work by Ray Data")
+
+
+def data_inspect(options: argparse.Namespace) -> None:
+    """Shows the first records of data: sizes, captions and problems."""
+    for name, config in _configs(options.source, options.overrides).items():
+        source = open_source(name, config)
+        size = f", {len(source)} records" if isinstance(source, Indexed) else ""
+        print(f"{name}: {config.type}{size}")
+        findings = inspect(source, options.n)
+        for line in [*findings.lines, *findings.summary()]:
+            print(f"  {line}")
+        if options.out and (sheet := findings.sheet()):
+            options.out.mkdir(parents=True, exist_ok=True)
+            path = options.out / f"{name}.png"
+            sheet.save(path)
+            print(f"  {path}")
+
+
+def _configs(source: str, overrides: list[str]) -> dict[str, SourceConfig]:
+    """The sources of a recipe; or the one that a path means."""
+    if Path(source).suffix in (".yaml", ".yml") or _is_recipe(source):
+        loaded = recipe.load(ModelRecipe, recipe_file(source, ("model",)), overrides)
+        embedded = {"emoji": SourceConfig("emoji"), "glosses": SourceConfig("glosses")}
+        return loaded.data.sources or embedded
+    mapping = recipe.to_dict(guess(source))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UsageError(
+                f"{override!r}: one source at a time, and its keys as key=value (put braces and"
+                " stars in quotes, or the shell makes many words of them)"
+            )
+        mapping[key] = value
+    return {"source": recipe.from_dict(SourceConfig, mapping, source)}
+
+
+def _is_recipe(name: str) -> bool:
+    try:
+        return shipped.resolve("recipes", name).is_file() and not Path(name).exists()
+    except MmrdpmError:
+        return False
+
+
+def data_cache(options: argparse.Namespace) -> None:
+    """Caches the latents of a recipe's images; started again, it goes on; also under torchrun."""
+    loaded = recipe.load(ModelRecipe, recipe_file(options.recipe, ("model",)), options.overrides)
+    writers = {
+        name: writer
+        for name, config in loaded.data.sources.items()
+        if config.type not in ("text", "glosses", "interleaved", "cache")
+        for writer in [_writer(open_source(name, config), loaded.tokenizers.image, options, name)]
+    }
+    if not writers:
+        raise UsageError(f"{options.recipe}: none of its data.sources holds image-text pairs")
+    for name, writer in writers.items():
+        _fill(name, writer, options)
+        print(writer.folder)
+
+
+def _writer(source: Source, tokenizer: str, options: argparse.Namespace, name: str) -> CacheWriter:
+    images = image_tokenizer.load(shipped.resolve("tokenizers", tokenizer)).to(machine.device())
+    folder = options.out / name
+    return CacheWriter(source, images, folder, tokenizer, options.per_shard, options.buckets)
+
+
+def _fill(name: str, writer: CacheWriter, options: argparse.Namespace) -> None:
+    """Makes this process's share of the missing shards."""
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    mine = range(rank, writer.manifest.shards, world_size)
+    missing = [i for i in writer.missing() if i in mine]
+    make = writer.write_by_ray if options.ray else lambda shards: map(writer.write, shards)
+    with _progress(name, len(mine), len(mine) - len(missing)) as advance:
+        for _, skipped in make(missing):
+            advance()
+            for broken in skipped:
+                print(f"{broken.key}: {broken.cause} {broken.detail}".rstrip(), file=sys.stderr)
+
+
+@contextmanager
+def _progress(title: str, total: int, done: int) -> Iterator[Callable[[], None]]:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task(title, total=total, completed=done)
+    with bar:
+        yield lambda: bar.advance(task)

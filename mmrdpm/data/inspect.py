@@ -1,0 +1,163 @@
+"""Looks at data sources as training would read them: samples, sizes, captions and problems."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmrdpm.data.pictures import PictureError, contact_sheet, picture_of, to_square
+from mmrdpm.data.records import Broken, Indexed, Interleaved, Pair, Picture, Record, Source, Text
+from mmrdpm.data.sources import SourceConfig, Type
+from mmrdpm.errors import DataError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_THUMBNAIL = 96  # pixels
+_COLUMNS = 8
+_SHOWN = 72  # characters of a text
+
+
+@dataclass
+class Findings:
+    """What the first samples of a source show.
+
+    Attributes:
+        lines: one per record, or problem.
+        sizes: width and height of every picture that could be read.
+        lengths: characters of every caption and text.
+        problems: number of broken records by cause.
+        pictures: thumbnails, RGB.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    problems: Counter[str] = field(default_factory=Counter)
+    pictures: list[Image.Image] = field(default_factory=list)
+
+    def summary(self) -> Iterator[str]:
+        """Lines that sum it up."""
+        if self.sizes:
+            widths, heights = zip(*self.sizes, strict=True)
+            yield f"pictures: {len(self.sizes)}, width {_range(widths)}, height {_range(heights)}"
+        if self.lengths:
+            yield f"texts: {len(self.lengths)}, characters {_range(self.lengths)}"
+        for cause, count in self.problems.most_common():
+            yield f"problem: {count} {cause}"
+        if not self.problems:
+            yield "problems: none"
+
+    def sheet(self) -> Image.Image | None:
+        """The pictures side by side; None where there are none."""
+        rows = [self.pictures[i : i + _COLUMNS] for i in range(0, len(self.pictures), _COLUMNS)]
+        return contact_sheet(rows) if rows else None
+
+
+def inspect(source: Source, count: int, seed: int = 0) -> Findings:
+    """Reads the first records that training would see.
+
+    Raises:
+        DataError: the source cannot be read at all.
+    """
+    if isinstance(source, Indexed):
+        count = min(count, len(source))
+    findings = Findings()
+    for _, record in islice(source.records(0, 1, str(seed), None), count):
+        _look(record, findings)
+    return findings
+
+
+def _look(record: Record, findings: Findings) -> None:
+    """Adds one record to the findings."""
+    try:
+        match record:
+            case Pair():
+                what = _picture(record.image, findings)
+                texts = [_text(caption, "caption", findings) for caption in record.captions]
+                findings.lines.append(f"{record.key}  {what}  {' | '.join(texts)}")
+            case Text():
+                findings.lines.append(f"{record.key}  {_text(record.text, 'text', findings)}")
+            case Interleaved():
+                parts = [
+                    _text(part, "", findings)
+                    if isinstance(part, str)
+                    else f"[{_picture(part, findings)}]"
+                    for part in record.parts
+                ]
+                findings.lines.append(f"{record.key}  {' '.join(parts)}")
+            case Broken():
+                _problem(record.key, record.cause, record.detail, findings)
+    except PictureError as error:
+        _problem(record.key, error.cause, error.detail, findings)
+
+
+def _picture(picture: Picture, findings: Findings) -> str:
+    if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
+        return f"latents {'x'.join(map(str, picture.shape))}"
+    image = picture_of(picture)
+    findings.sizes.append(image.size)
+    findings.pictures.append(Image.fromarray(to_square(image, _THUMBNAIL)))
+    return f"{image.width}x{image.height}"
+
+
+def _text(text: str, kind: str, findings: Findings) -> str:
+    if kind and not text.strip():
+        findings.problems[f"empty {kind}"] += 1
+    findings.lengths.append(len(text))
+    shown = " ".join(text[: 2 * _SHOWN].split())
+    return f"{len(text)} characters: {shown[:_SHOWN]}{'...' if len(shown) > _SHOWN else ''}"
+
+
+def _problem(key: str, cause: str, detail: str, findings: Findings) -> None:
+    findings.problems[cause] += 1
+    findings.lines.append(f"{key}  PROBLEM: {cause}{f' ({detail})' if detail else ''}")
+
+
+def _range(values: tuple[int, ...] | list[int]) -> str:
+    return f"{min(values)} to {max(values)} (median {statistics.median(values):g})"
+
+
+def guess(path: str) -> SourceConfig:
+    """The source that a path, glob, URL or hub id most likely means.
+
+    Raises:
+        DataError: nothing can be made of it.
+    """
+    place = Path(path).expanduser()
+    if path.startswith("pipe:") or ".tar" in path.lower():
+        return SourceConfig("webdataset", path=path)
+    if place.is_dir():
+        return SourceConfig(_folder_type(place), path=path)
+    if place.suffix.lower() == ".jsonl" and place.is_file():
+        with open(place, encoding="utf-8", errors="replace") as file:
+            interleaved = '"segments"' in file.readline(100_000)
+        return SourceConfig("interleaved" if interleaved else "text", path=path)
+    if place.suffix.lower() in (".txt", ".md"):
+        return SourceConfig("text", path=path)
+    if place.exists() or _HUB_ID.fullmatch(path) or "*" in path:
+        return SourceConfig("huggingface", path=path)
+    raise DataError(
+        f"{path}: no such file or folder, and no hub id (OWNER/NAME), URL of .tar shards or"
+        " recipe: correct it"
+    )
+
+
+def _folder_type(folder: Path) -> Type:
+    if (folder / "manifest.json").is_file():
+        return "cache"
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return "huggingface"
+    found = {path.suffix.lower() for path in islice(folder.rglob("*"), 10_000)}
+    if ".tar" in found:
+        return "webdataset"
+    if ".parquet" in found or ".arrow" in found:
+        return "huggingface"
+    images = found & {".png", ".jpg", ".jpeg", ".webp"}
+    return "folder" if images else "text"

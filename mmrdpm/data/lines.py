@@ -1,0 +1,105 @@
+"""Files of lines, read by number: JSON objects and texts, of any size on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmrdpm.data.records import Broken
+from mmrdpm.errors import DataError
+
+MAX_BYTES = 64_000_000  # of one line, or of one member of an archive
+_CHUNK = 1 << 24
+
+
+class LineFiles:
+    """The lines of several files after each other, blank ones left out.
+
+    Raises:
+        DataError: a file cannot be read, or there are no lines at all.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.starts, self.ends = [], []
+        for path in paths:
+            try:
+                starts, ends = _spans(path)
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            self.starts.append(starts)
+            self.ends.append(ends)
+        self.totals = np.cumsum([len(starts) for starts in self.starts])
+        if not len(self):
+            raise DataError(f"{', '.join(map(str, paths[:3]))}: no lines: the source is empty")
+
+    def __len__(self) -> int:
+        return int(self.totals[-1]) if len(self.totals) else 0
+
+    def key(self, index: int) -> str:
+        """Where a line stands, such as `texts/a.jsonl#17`, counted from 0 without blank lines."""
+        file, line = self._place(index)
+        return f"{self.paths[file]}#{line}"
+
+    def folder(self, index: int) -> Path:
+        """The folder of the line's file."""
+        return self.paths[self._place(index)[0]].parent
+
+    def text(self, index: int) -> str | Broken:
+        """One line."""
+        file, line = self._place(index)
+        start, end = int(self.starts[file][line]), int(self.ends[file][line])
+        if end - start > MAX_BYTES:
+            return Broken(self.key(index), "line too long", f"{end - start} bytes")
+        try:
+            with open(self.paths[file], "rb") as stream:
+                stream.seek(start)
+                return stream.read(end - start).decode("utf-8").rstrip("\r\n")
+        except OSError as error:
+            return Broken(self.key(index), "file cannot be read", str(error.strerror))
+        except UnicodeDecodeError as error:
+            return Broken(self.key(index), "not UTF-8 text", f"byte {error.start}")
+
+    def mapping(self, index: int) -> dict[str, Any] | Broken:
+        """One line as a JSON object."""
+        text = self.text(index)
+        if isinstance(text, Broken):
+            return text
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return Broken(self.key(index), "not valid JSON", str(error)[:200])
+        if not isinstance(value, dict):
+            return Broken(self.key(index), "not a JSON object", type(value).__name__)
+        return value
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files' names and of where their lines begin."""
+        digest = hashlib.sha256()
+        for path, starts in zip(self.paths, self.starts, strict=True):
+            digest.update(f"{path.name}\n".encode() + starts.tobytes())
+        return digest.hexdigest()
+
+    def _place(self, index: int) -> tuple[int, int]:
+        file = int(np.searchsorted(self.totals, index, side="right"))
+        return file, index - int(self.totals[file - 1] if file else 0)
+
+
+def _spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """First byte and end of every line that is not blank, int64."""
+    breaks, size = [np.array([-1])], 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
+            size += len(chunk)
+    ends = np.append(np.concatenate(breaks), size)
+    starts, ends = ends[:-1] + 1, ends[1:]
+    kept = ends > starts
+    return starts[kept], ends[kept]

@@ -1,0 +1,146 @@
+"""Documents to rows with little padding: each row chooses among the next documents of its lane."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mmrdpm.data.documents import Draft
+from mmrdpm.data.mixture import Item
+from mmrdpm.data.records import Broken
+from mmrdpm.errors import DataError
+
+_AT_LEAST = 100  # records before a share of broken ones means anything
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that was left out, and why."""
+
+    source: str
+    record: Broken
+
+
+class Lane:
+    """One row of every batch, filled from its own part of the data.
+
+    A row begins with the oldest document that waits, so that none waits for long, and goes on
+    with the longest that still fits (best fit) until none does.
+
+    Args:
+        read: gives the lane's documents from a place on.
+        length: tokens that a draft takes in a row.
+        seq_len: tokens of a row.
+        look_ahead: documents that wait to be chosen.
+        max_broken_share: see `check_broken`.
+        state: where to go on, see `state`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Any], Iterator[Item]],
+        length: Callable[[Draft], int],
+        seq_len: int,
+        look_ahead: int,
+        max_broken_share: float,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._length, self._seq_len, self._look_ahead = length, seq_len, look_ahead
+        self._max_broken_share = max_broken_share
+        state = state or {"place": None, "taken": [], "read": 0, "seen": 0, "broken": {}}
+        self.seen, self.broken = state["seen"], Counter(state["broken"])
+        self._items = read(state["place"])
+        self._window: deque[Item | None] = deque()  # since the oldest that waits; None: gone
+        self._waiting = 0
+        self._skipped: list[Skipped] = []
+        taken = set(state["taken"])
+        for i in range(state["read"]):
+            item = next(self._items)
+            self._append(None if i in taken else item)
+        self._fill()
+
+    def state(self) -> dict[str, Any]:
+        """Where the lane stands, as plain lists, dicts and numbers.
+
+        The place of the oldest document that waits, how many were read since, which of them are
+        gone; and how many records were seen, and broken by cause.
+        """
+        assert self._window[0] is not None
+        return {
+            "place": self._window[0].place,
+            "taken": [i for i, item in enumerate(self._window) if item is None],
+            "read": len(self._window),
+            "seen": self.seen,
+            "broken": dict(self.broken),
+        }
+
+    def row(self) -> tuple[list[Draft], list[Skipped]]:
+        """The documents of the next row, and what was left out since the last.
+
+        Raises:
+            DataError: too many records are broken, or the source failed.
+        """
+        row, room = [], self._seq_len
+        place: int | None = 0
+        while place is not None:
+            item = self._window[place]
+            assert item is not None and isinstance(item.draft, Draft)
+            row.append(item.draft)
+            room -= self._length(item.draft)
+            self._window[place] = None
+            self._waiting -= 1
+            self._fill()
+            place = self._longest(room)
+        skipped, self._skipped = self._skipped, []
+        return row, skipped
+
+    def _longest(self, room: int) -> int | None:
+        """The longest waiting document that fits, the oldest of equals."""
+        best, size = None, 0
+        for place, item in enumerate(self._window):
+            if item is not None and isinstance(item.draft, Draft):
+                length = self._length(item.draft)
+                if size < length <= room:
+                    best, size = place, length
+        return best
+
+    def _fill(self) -> None:
+        """Reads until enough documents wait; the oldest of them is first in the window."""
+        while self._waiting < self._look_ahead:
+            item = next(self._items)
+            self.seen += 1
+            if isinstance(item.draft, Broken):
+                self.broken[f"{item.source}: {item.draft.cause}"] += 1
+                self._skipped.append(Skipped(item.source, item.draft))
+                check_broken(self.broken, self.seen, self._max_broken_share, item.draft)
+                self._append(None)
+            else:
+                self._append(item)
+        while self._window[0] is None:
+            self._window.popleft()
+
+    def _append(self, item: Item | None) -> None:
+        broken = item is not None and isinstance(item.draft, Broken)
+        self._window.append(None if broken else item)
+        self._waiting += item is not None and not broken
+
+
+def check_broken(
+    broken: Counter[str], seen: int, max_share: float, last: Broken | None = None
+) -> None:
+    """Stops a run whose data are mostly broken.
+
+    Raises:
+        DataError: more than `max_share` of the records seen (counted as 100 at least) are broken.
+    """
+    total = broken.total()
+    if total <= max_share * max(seen, _AT_LEAST):
+        return
+    causes = ", ".join(f"{count} {cause}" for cause, count in broken.most_common(5))
+    example = f"; the last: {last.key} {last.detail}".rstrip() if last else ""
+    raise DataError(
+        f"{total} of {seen} records are broken, more than data.max_broken_share {max_share}:"
+        f" {causes}{example}: mend the data, or raise the share"
+    )

@@ -1,0 +1,53 @@
+"""The `data` section of a recipe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from mmrdpm.data.sources import SourceConfig
+from mmrdpm.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What the stream holds.
+
+    Attributes:
+        sources: what is mixed, by name; none for the embedded emoji and definitions.
+        image_share, caption_share: of the documents, caption -> image and image -> caption; the
+            rest is text. Of `sources`, only the ratio of the two counts, for every image-text
+            pair; how much is text follows from the weights.
+        caption_dropout: of the caption -> image documents, those with an empty caption, which
+            classifier-free guidance needs.
+        steps_per_image: how many of the T timesteps one document learns, drawn at random.
+        rows, seq_len: tokens per update of all ranks together, `rows * seq_len`.
+        look_ahead: documents among which each row chooses those that fill it. None is 16 with
+            `sources`; without, it takes the embedded documents in their order.
+        max_caption_tokens: longer captions are cut.
+        max_broken_share: more broken records than this stop the run.
+        workers: processes per rank that read and decode, 0 for none.
+    """
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    image_share: float = field(default=0.55, metadata={"min": 0.0, "max": 1.0})
+    caption_share: float = field(default=0.25, metadata={"min": 0.0, "max": 1.0})
+    caption_dropout: float = field(default=0.1, metadata={"min": 0.0, "max": 1.0})
+    steps_per_image: int = field(default=4, metadata={"min": 1})
+    rows: int = field(default=24, metadata={"min": 1})
+    seq_len: int = field(default=256, metadata={"min": 16})
+    look_ahead: int | None = field(default=None, metadata={"min": 1})
+    max_caption_tokens: int = field(default=128, metadata={"min": 1})
+    max_broken_share: float = field(default=0.05, metadata={"min": 0.0, "max": 0.9})
+    workers: int = field(default=0, metadata={"min": 0})
+
+    def __post_init__(self) -> None:
+        total = math.fsum(source.weight for source in self.sources.values())
+        if self.sources and abs(total - 1) > 1e-6:
+            shares = ", ".join(f"{n}: {s.weight / total:.6g}" for n, s in self.sources.items())
+            raise RecipeError(
+                f"data.sources: the weights add up to {total:.6g}, not to 1: to keep their ratios"
+                f" write {shares}"
+            )
+        if self.image_share + self.caption_share == 0 and self.sources:
+            raise RecipeError("data: image_share and caption_share are both 0: raise one")

@@ -1,0 +1,226 @@
+"""The rows of a rank, batch by batch: in the stream's order, or from lanes, by worker processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mmrdpm.data.documents import Draft
+from mmrdpm.data.mixture import Item
+from mmrdpm.data.packing import Lane, Skipped, check_broken
+from mmrdpm.data.plan import DataPlan
+from mmrdpm.errors import DataError, MmrdpmError
+
+_LOOK_AHEAD = 16
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+class Stream(Protocol):
+    """What documents come from: `EmojiStream` or `Mixture`."""
+
+    def describe(self) -> str:
+        """One line about the size of things."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """What places depend on, per source."""
+
+    def documents(self, lane: int, lanes: int, place: Any) -> Iterator[Item]:
+        """The documents of a lane from a place on, None for the start, without end."""
+
+
+class InOrder:
+    """Rows filled with documents in their order (first fit), until one fits in none of them.
+
+    Every rank plans the whole batch and takes its rows, so this is for streams in memory only.
+    """
+
+    def __init__(
+        self, stream: Stream, plan: DataPlan, grid: tuple[int, ...], rank: int, world_size: int
+    ) -> None:
+        self.stream, self.plan, self.grid = stream, plan, grid
+        self.mine = slice(rank, None, world_size)
+        self.restore({"next_document": 0})
+
+    def state(self) -> dict[str, Any]:
+        return {"next_document": self._next_document}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._next_document = state["next_document"]
+        self._documents = self.stream.documents(0, 1, self._next_document)
+        self._held: Draft | None = None
+
+    def next(self) -> tuple[list[list[Draft]], list[Skipped]]:
+        """The next rows.
+
+        Raises:
+            DataError: a document is longer than a row.
+        """
+        rows: list[list[Draft]] = [[] for _ in range(self.plan.rows)]
+        room = [self.plan.seq_len] * self.plan.rows
+        while True:
+            draft = self._held or self._read()
+            size = draft.length(self.grid)
+            if size > self.plan.seq_len:
+                raise DataError(
+                    f"document {self._next_document} takes {size} tokens, more than data.seq_len"
+                    f" {self.plan.seq_len}: raise it, or lower data.steps_per_image"
+                )
+            row = next((r for r, left in enumerate(room) if left >= size), None)
+            if row is None:
+                self._held = draft
+                return rows[self.mine], []
+            rows[row].append(draft)
+            room[row] -= size
+            self._next_document, self._held = self._next_document + 1, None
+
+    def _read(self) -> Draft:
+        draft = next(self._documents).draft
+        assert isinstance(draft, Draft)
+        return draft
+
+
+class Lanes:
+    """A row per lane, see `packing.Lane`; lanes are dealt to the rank's worker processes."""
+
+    def __init__(
+        self, stream: Stream, plan: DataPlan, grid: tuple[int, ...], rank: int, world_size: int
+    ) -> None:
+        self.stream, self.plan, self.grid = stream, plan, grid
+        self.lanes = list(range(rank, plan.rows, world_size))
+        self.restore({"lanes": dict.fromkeys(self.lanes)})
+
+    def state(self) -> dict[str, Any]:
+        return {"lanes": dict(self._states)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        missing = [lane for lane in self.lanes if lane not in state["lanes"]]
+        if missing:
+            raise DataError(
+                f"the saved place in the data lacks rows {missing}: it must hold those of all"
+                " ranks, see loader.merge_states"
+            )
+        self._states = {lane: state["lanes"][lane] for lane in self.lanes}
+        self._parts: Iterator[_Part] | None = None
+
+    def next(self) -> tuple[list[list[Draft]], list[Skipped]]:
+        """The next rows, and the records left out on the way.
+
+        Raises:
+            DataError: too many records are broken, or a source failed.
+        """
+        workers = min(self.plan.workers, len(self.lanes))
+        if self._parts is None:
+            self._parts = self._read(workers)
+        rows: dict[int, list[Draft]] = {}
+        skipped: list[Skipped] = []
+        for _ in range(max(1, workers)):
+            part = next(self._parts)
+            if isinstance(part, MmrdpmError):
+                raise part
+            for filled in part:
+                rows[filled.lane], self._states[filled.lane] = filled.row, filled.state
+                skipped += filled.skipped
+        if skipped:
+            self._check_broken(skipped[-1])
+        return [rows[lane] for lane in self.lanes], skipped
+
+    def _check_broken(self, last: Skipped) -> None:
+        """Over all lanes, as each one alone sees too few records."""
+        states = [state for state in self._states.values() if state]
+        broken: Counter[str] = sum((Counter(s["broken"]) for s in states), Counter())
+        seen = sum(state["seen"] for state in states)
+        check_broken(broken, seen, self.plan.max_broken_share, last.record)
+
+    def _read(self, workers: int) -> Iterator[_Part]:
+        reader = _Reader(self.stream, self.plan, self.grid, self._states, max(1, workers))
+        if not workers:
+            return iter(reader)
+        loader = DataLoader(
+            reader,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else starting workers would draw from the global one
+        )
+        return iter(loader)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A row as it leaves a worker, and where its lane stands after it."""
+
+    lane: int
+    row: list[Draft]
+    skipped: list[Skipped]
+    state: dict[str, Any]
+
+
+_Part = Sequence[_Filled] | MmrdpmError
+"""A worker's share of a batch, or why there is none."""
+
+
+class _Reader(IterableDataset):
+    """Fills the lanes of one worker, or all where there are no workers."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        plan: DataPlan,
+        grid: tuple[int, ...],
+        states: Mapping[int, dict[str, Any] | None],
+        workers: int,
+    ) -> None:
+        self.stream, self.plan, self.grid = stream, plan, grid
+        self.states, self.workers = dict(states), workers
+
+    def __iter__(self) -> Iterator[_Part]:
+        worker = get_worker_info()
+        chosen = list(self.states)[worker.id if worker else 0 :: self.workers]
+        try:
+            lanes = {number: self._lane(number) for number in chosen}
+            while True:
+                yield [_fill(number, lane) for number, lane in lanes.items()]
+        except MmrdpmError as error:  # through a DataLoader it would become a stack trace
+            yield error
+
+    def _lane(self, number: int) -> Lane:
+        plan = self.plan
+        return Lane(
+            lambda place: self.stream.documents(number, plan.rows, place),
+            lambda draft: draft.length(self.grid),
+            plan.seq_len,
+            plan.look_ahead or _LOOK_AHEAD,
+            plan.max_broken_share,
+            self.states[number],
+        )
+
+
+def _fill(number: int, lane: Lane) -> _Filled:
+    row, skipped = lane.row()
+    return _Filled(number, row, skipped, lane.state())
+
+
+def _as_it_is(part: _Part) -> _Part:
+    return part
+
+
+def _begin_worker(_: int) -> None:
+    """Ctrl-C and SIGTERM may reach the whole process group, and the trainer wants to save first.
+
+    A worker that dies of a signal would raise in the trainer at once; one that leaves does not.
+    Where the trainer is killed, a worker with rows to hand over would wait for ever.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -1,0 +1,40 @@
+"""Finding files: paths and globs, and names in other people's files that must stay inside."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from mmrdpm.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
+)
+
+
+def find(path: str, suffixes: frozenset[str]) -> list[Path]:
+    """The files of a file name, a folder (searched to its depths) or a glob, sorted by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        found = [p for p in place.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
+    elif place.is_file():
+        found = [place]
+    else:
+        found = [Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file()]
+    if not found:
+        what = "no file ending in " + ", ".join(sorted(suffixes)) if place.is_dir() else "no file"
+        raise DataError(f"{path}: {what} is there: correct the path")
+    return sorted(found)
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file that a name in a data set means; None if it lies outside of the folder."""
+    try:
+        path = (folder / name).resolve()
+    except (OSError, ValueError):  # a name too long, or with a zero byte
+        return None
+    return path if path.is_relative_to(folder.resolve()) else None

@@ -1,0 +1,182 @@
+"""Data sets of the library `datasets`: from the hub, from local files, whole or streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmrdpm.data.records import Broken, Indexed, Pair, Record, Sharded, Source, Text
+from mmrdpm.data.sources.folder import captions_of
+from mmrdpm.errors import DataError
+
+_USUAL = {
+    "image": ("image", "img", "jpg", "png", "webp"),
+    "caption": ("caption", "captions", "text", "txt"),
+    "text": ("text", "content"),
+    "label": ("label", "cls", "class"),
+}
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+
+
+def open_dataset(
+    path: str,
+    subset: str = "",
+    split: str = "train",
+    streaming: bool = False,
+    columns: Mapping[str, str] | None = None,
+    template: str = "",
+) -> Source:
+    """A data set as a source: of image-text pairs if it has an image column, else of texts.
+
+    Args:
+        path: hub id, or a local file (parquet, jsonl, csv, arrow), glob, folder of files, or
+            folder written by `save_to_disk`.
+        columns: names of the columns for image, caption, text and label; "" for the usual ones.
+        template: makes captions of class labels.
+
+    Raises:
+        DataError: `datasets` is not installed, the data cannot be reached or read, or a column is
+            missing.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise DataError(
+            "Hugging Face data sets need the extra: pip install 'mmrdpm[data]'"
+        ) from None
+    try:
+        data = _load(datasets, path, subset, split, streaming)
+    except Exception as error:  # the library passes on whatever its readers and clients raise
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{path}: the data set could not be opened ({type(error).__name__}: {reason}): check"
+            " the name, subset, split and the network; streaming=false with a local copy needs none"
+        ) from None
+    return _arrange(datasets, data, path, dict(columns or {}), template)
+
+
+def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) -> Any:
+    place = Path(path).expanduser()
+    if (place / "state.json").is_file() and not streaming:
+        return datasets.load_from_disk(str(place))
+    if (place / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(str(place))[split]
+    if builder := _BUILDERS.get(place.suffix.lower()):
+        files = {"train": str(place)}
+        return datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
+    return datasets.load_dataset(path, subset or None, split=split, streaming=streaming)
+
+
+def _arrange(datasets: Any, data: Any, path: str, columns: dict[str, str], template: str) -> Source:
+    names = list(data.column_names or (data.features or {}))
+    if not names:  # a stream without a schema shows its columns in its first record
+        names = list(next(iter(data), {}))
+    chosen: dict[str, str] = {}
+    for role, usual in _USUAL.items():
+        asked = columns.get(role) or ""
+        if asked and asked not in names:
+            raise DataError(f"{path}: no column {asked!r}: it has {', '.join(names) or 'none'}")
+        found = asked or next((name for name in usual if name in names), "")
+        if found:
+            chosen[role] = found
+    needed = "text" if "image" not in chosen else "label" if template else "caption"
+    if needed not in chosen:
+        raise DataError(
+            f"{path}: no column for the {needed} among {', '.join(names) or 'none'}: name it with"
+            f" the source's key {needed!r}"
+        )
+    features = data.features or {}
+    image = chosen.get("image")
+    if image and isinstance(features.get(image), datasets.Image):
+        data = data.cast_column(image, datasets.Image(decode=False))
+    kept = [chosen[role] for role in (needed, "image") if role in chosen]
+    reader = _Reader(path, chosen, needed, features.get(chosen[needed]), template)
+    data = data.select_columns(kept)
+    if isinstance(data, datasets.IterableDataset):
+        return Stream(data, reader)
+    return Table(data, reader)
+
+
+class _Reader:
+    """Rows to records."""
+
+    def __init__(
+        self, path: str, columns: dict[str, str], needed: str, feature: Any, template: str
+    ) -> None:
+        self.path, self.columns, self.needed = path, columns, needed
+        self.template = template
+        self.label_names = getattr(feature, "names", None)
+
+    def record(self, index: object, row: Mapping[str, Any]) -> Record:
+        key, value = f"{self.path}#{index}", row[self.columns[self.needed]]
+        if self.needed == "text":
+            return Text(key, value) if isinstance(value, str) else Broken(key, "no text")
+        image = row[self.columns["image"]]
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or (image.get("path") and Path(image["path"]))
+        if not isinstance(image, (bytes, Path)):
+            return Broken(key, "no image", f"column {self.columns['image']} holds no image")
+        if self.needed == "label":
+            return Pair(key, image, (self.template.format(label=self._label(value)),))
+        captions = captions_of(value)
+        return Pair(key, image, captions) if captions else Broken(key, "no caption")
+
+    def _label(self, value: Any) -> str:
+        names = self.label_names or ()
+        known = isinstance(value, int) and 0 <= value < len(names)
+        return str(names[value] if known else value).replace("_", " ")
+
+
+class Table(Indexed):
+    """A data set that lies in Arrow files, read by row number."""
+
+    def __init__(self, data: Any, reader: _Reader) -> None:
+        self.data, self.reader = data, reader
+        if not len(data):
+            raise DataError(f"{reader.path}: the data set is empty")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def record(self, index: int) -> Record:
+        return self.reader.record(index, self.data[index])
+
+    def fingerprint(self) -> str:
+        return f"{self.reader.path}, {len(self)} rows"
+
+
+class Stream(Sharded):
+    """A streaming data set, read shard by shard."""
+
+    def __init__(self, data: Any, reader: _Reader) -> None:
+        self.data, self.reader = data, reader
+
+    def num_shards(self) -> int:
+        return self.data.num_shards
+
+    def shard(self, index: int) -> Iterator[Record]:
+        part = self.data.shard(num_shards=self.num_shards(), index=index)
+        try:
+            for i, row in enumerate(part):
+                yield self.reader.record(f"{index}/{i}", row)
+        except DataError:
+            raise
+        except Exception as error:  # see open_dataset
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"{self}: shard {index} could not be read ({type(error).__name__}: {reason}):"
+                " check the network, then go on with --resume"
+            ) from None
+
+    def fingerprint(self) -> str:
+        return f"{self.reader.path}, {self.num_shards()} shards"
+
+    def __str__(self) -> str:
+        return self.reader.path

@@ -1,0 +1,152 @@
+"""WebDataset shards: tar archives whose members of one record share a name up to the first dot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from mmrdpm.data.lines import MAX_BYTES
+from mmrdpm.data.records import Broken, Pair, Record, Sharded
+from mmrdpm.data.sources.files import IMAGE_SUFFIXES, find
+from mmrdpm.data.sources.folder import captions_of
+from mmrdpm.errors import DataError
+
+_Members = dict[str, bytes]
+
+
+class Shards(Sharded):
+    """Local paths and globs, http(s) URLs and `pipe:` commands, with brace ranges as in {000..123}.
+
+    Args:
+        image: suffix of the image members; any image suffix by default.
+        caption: suffix of the caption members, `txt` by default; `json.NAME` for a key of the
+            JSON members.
+        label, template: suffix of members with a class label, and what makes a caption of it.
+
+    Raises:
+        DataError: the package `webdataset` is missing, or a local path matches nothing.
+    """
+
+    def __init__(
+        self, urls: str, image: str = "", caption: str = "", label: str = "", template: str = ""
+    ) -> None:
+        try:
+            from webdataset.gopen import gopen
+            from webdataset.shardlists import expand_urls
+        except ModuleNotFoundError:
+            raise DataError(
+                "webdataset shards need the extra: pip install 'mmrdpm[data]'"
+            ) from None
+        self._open = gopen
+        self.image, self.caption = image, caption or "txt"
+        self.label, self.template = label or "cls", template
+        self.urls = [url for part in expand_urls(urls) for url in _expand(part.strip()) if url]
+        if not self.urls:
+            raise DataError(f"{urls!r}: names no shards: correct the path")
+
+    def num_shards(self) -> int:
+        return len(self.urls)
+
+    def shard(self, index: int) -> Iterator[Record]:
+        """The records of one archive; a damaged one ends with a broken record."""
+        url = self.urls[index]
+        try:
+            stream = self._open(url)
+        except OSError as error:
+            raise _unreachable(url, error) from None
+        try:
+            try:
+                yield from self._records(url, stream)
+            except tarfile.TarError as damage:
+                _drain(stream)
+                yield Broken(url, "damaged shard", f"{damage}; its later records are left out")
+        except OSError as error:
+            raise _unreachable(url, error) from None
+        finally:
+            with suppress(OSError):  # of a command that was not read to its end
+                stream.close()
+
+    def _records(self, url: str, stream: IO[bytes]) -> Iterator[Record]:
+        name, members = "", _Members()
+        faults: list[Broken] = []
+        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+            for member in archive:
+                if not member.isfile() or Path(member.name).name.startswith("."):
+                    continue
+                base, _, suffix = member.name.rpartition("/")[2].partition(".")
+                base = f"{member.name.rpartition('/')[0]}/{base}".lstrip("/")
+                if base != name:
+                    if members or faults:
+                        yield faults[0] if faults else self._record(url, name, members)
+                    name, members, faults = base, _Members(), []
+                if member.size > MAX_BYTES:
+                    detail = f".{suffix} has {member.size} bytes"
+                    faults.append(Broken(f"{url}#{base}", "archive member too large", detail))
+                elif self._wanted(suffix) and (content := archive.extractfile(member)):
+                    members[suffix.lower()] = content.read()
+            if members or faults:
+                yield faults[0] if faults else self._record(url, name, members)
+
+    def _wanted(self, suffix: str) -> bool:
+        suffix = suffix.lower()
+        json_member = self.caption.startswith("json.") and suffix == "json"
+        return self._is_image(suffix) or json_member or suffix in (self.caption, self.label)
+
+    def _is_image(self, suffix: str) -> bool:
+        return suffix == self.image if self.image else f".{suffix}" in IMAGE_SUFFIXES
+
+    def _record(self, url: str, name: str, members: _Members) -> Pair | Broken:
+        key = f"{url}#{name}"
+        image = next((data for suffix, data in members.items() if self._is_image(suffix)), None)
+        if image is None:
+            return Broken(key, "no image", f"members: {', '.join(members)}")
+        try:
+            captions = self._captions(members)
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            return Broken(key, "caption cannot be read", str(error)[:200])
+        if captions is None:
+            return Broken(key, "no caption", f"members: {', '.join(members)}")
+        return Pair(key, image, captions)
+
+    def _captions(self, members: _Members) -> tuple[str, ...] | None:
+        if self.template:
+            label = members.get(self.label)
+            return (self.template.format(label=label.decode().strip()),) if label else None
+        if self.caption.startswith("json."):
+            mapping = json.loads(members.get("json", b"{}"))
+            key = self.caption.removeprefix("json.")
+            return captions_of(mapping.get(key)) if isinstance(mapping, dict) else None
+        text = members.get(self.caption)
+        return None if text is None else (text.decode().strip(),)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.urls[0]} and {len(self.urls) - 1} more"
+
+
+def _expand(url: str) -> list[str]:
+    """A local glob becomes its files; anything else is one shard."""
+    if url.startswith("pipe:") or "://" in url:
+        return [url]
+    return [str(path) for path in find(url, frozenset({".tar", ".tgz", ".gz"}))]
+
+
+def _drain(stream: IO[bytes]) -> None:
+    """Reads to the end; raises OSError if the archive is cut because its transfer failed."""
+    while stream.read(1 << 20):
+        pass
+    stream.close()
+
+
+def _unreachable(url: str, error: OSError) -> DataError:
+    return DataError(
+        f"{url}: the shard could not be read ({error.strerror or error}): check the address and"
+        " the network, then go on with --resume"
+    )

@@ -1,0 +1,244 @@
+"""The latent cache and `data inspect`, as a user runs them: real processes, killed for real."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmrdpm import text_tokenizer
+from mmrdpm.cli import main
+from mmrdpm.data.cache import CacheWriter, bucket_sizes, fingerprint, nearest_size
+from mmrdpm.data.documents import Drafter
+from mmrdpm.data.loader import Loader
+from mmrdpm.data.pictures import open_picture, to_square, to_tensor
+from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.sources import SourceConfig, open_source
+from mmrdpm.data.sources.cached import CachedLatents, shard_path
+from mmrdpm.errors import DataError
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def images(tiny_tokenizers):
+    return image_tokenizer.load(tiny_tokenizers / "image")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten wide pictures and two broken records."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 28 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i:02d}.png")
+        (root / f"{i:02d}.txt").write_text(f"number {i}")
+    (root / "04.png").write_bytes(b"no picture")
+    (root / "07.txt").unlink()
+    return root
+
+
+def source(folder):
+    return open_source("p", SourceConfig("folder", path=str(folder)))
+
+
+def write_all(writer):
+    return [broken for i in writer.missing() for broken in writer.write(i)[1]]
+
+
+@pytest.fixture(scope="module")
+def cache(folder, images, tmp_path_factory):
+    place = tmp_path_factory.mktemp("cache") / "p"
+    skipped = write_all(CacheWriter(source(folder), images, place, "tiny", per_shard=5))
+    assert {b.key: b.cause for b in skipped} == {
+        "04.png": "not a picture that can be read",
+        "07.png": "no caption",
+    }
+    return place
+
+
+def test_a_cache_holds_the_latents_of_the_pictures_it_was_made_of(folder, images, cache):
+    cached = CachedLatents(str(cache))
+    assert len(cached) == 10 and cached.manifest.shards == 3
+    for record in (cached.record(i) for i in range(10)):
+        square = to_square(open_picture(folder / record.key), images.image_size)
+        latents = images.autoencoder.encode(to_tensor(square[None]))[0]
+        assert record.image.dtype == np.float16
+        torch.testing.assert_close(
+            torch.from_numpy(record.image).float(), latents, atol=4e-3, rtol=4e-3
+        )
+        assert record.captions == (f"number {int(record.key[:2])}",)
+
+
+def test_an_interrupted_cache_says_so_and_goes_on_with_the_same_bytes(
+    folder, images, cache, tmp_path
+):
+    place = tmp_path / "again"
+    writer = CacheWriter(source(folder), images, place, "tiny", per_shard=5)
+    writer.write(1)
+    shard_path(place, 0).with_suffix(".safetensors.partial").write_bytes(b"half")
+    with pytest.raises(DataError, match="2 of 3 shards of the cache are still to be made"):
+        CachedLatents(str(place))
+    again = CacheWriter(source(folder), images, place, "tiny", per_shard=5)
+    assert again.missing() == [0, 2]
+    write_all(again)
+    for i in range(3):
+        ours, theirs = (load_file(shard_path(c, i)) for c in (place, cache))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def other_tokenizer(tiny_tokenizers, tmp_path):
+    shutil.copytree(tiny_tokenizers / "image", tmp_path / "other")
+    changed = image_tokenizer.load(tmp_path / "other")
+    with torch.no_grad():
+        next(changed.autoencoder.encoder.parameters()).add_(0.5)
+    return changed
+
+
+def test_a_cache_of_another_autoencoder_is_refused_naming_both(
+    folder, images, cache, tiny_tokenizers, tmp_path
+):
+    texts = text_tokenizer.load(tiny_tokenizers / "text")
+    changed = other_tokenizer(tiny_tokenizers, tmp_path)
+    plan = DataPlan(
+        sources={"c": SourceConfig("cache", path=str(cache))},
+        seq_len=64,
+        steps_per_image=2,
+        max_caption_tokens=8,
+    )
+    with pytest.raises(DataError) as refusal:
+        Loader(plan, 0, changed, texts, Vocabulary(texts.size, 16))
+    for tokenizer in (images, changed):
+        assert fingerprint(tokenizer)[:12] in str(refusal.value)
+    with pytest.raises(DataError, match="name another folder"):
+        CacheWriter(source(folder), changed, cache, "other", per_shard=5)
+    changed.codebook.codes.add_(1)
+    assert fingerprint(changed) == fingerprint(changed.eval())  # the codebook has no part in it
+
+
+def test_training_from_a_cache_makes_fresh_codes_of_the_same_latents(
+    images, cache, tiny_tokenizers
+):
+    texts = text_tokenizer.load(tiny_tokenizers / "text")
+    plan = DataPlan(
+        sources={"c": SourceConfig("cache", path=str(cache))},
+        rows=2,
+        seq_len=64,
+        steps_per_image=3,
+        max_caption_tokens=8,
+        caption_share=0.0,
+    )
+    loader = Loader(plan, 0, images, texts, Vocabulary(texts.size, images.codebook_size))
+    starts = set()
+    for _ in range(8):
+        batch = loader.batch()
+        starts |= {batch.latents[r][batch.timesteps[r] == 3].numpy().tobytes() for r in range(2)}
+    assert len(starts) == 16  # ten pictures, drawn again from other noise
+
+
+def test_buckets_keep_aspect_ratios_and_train(folder, images, tiny_tokenizers, tmp_path):
+    assert bucket_sizes(32, 8) == [(24, 40), (32, 32), (40, 24)]
+    assert nearest_size((300, 200), [(24, 40), (32, 32), (40, 24)]) == (40, 24)
+    assert nearest_size((90, 100), [(24, 40), (32, 32), (40, 24)]) == (32, 32)
+    wide = image_tokenizer.ImageTokenizer(images.config)
+    wide.load_state_dict(images.state_dict())
+    writer = CacheWriter(source(folder), wide, tmp_path / "b", "tiny", buckets=True)
+    writer.sizes = [(16, 16), (32, 16), (16, 32)]  # the tiny grid of 2x2 has no oblong bucket
+    write_all(writer)
+    cached = CachedLatents(str(tmp_path / "b"))
+    assert {cached.record(i).image.shape for i in range(10)} == {(2, 4, 4)}
+    texts = text_tokenizer.load(tiny_tokenizers / "text")
+    plan = DataPlan(
+        sources={"c": SourceConfig("cache", path=str(tmp_path / "b"))},
+        rows=2,
+        seq_len=64,
+        steps_per_image=2,
+        max_caption_tokens=8,
+    )
+    loader = Loader(plan, 0, images, texts, Vocabulary(texts.size, images.codebook_size))
+    batch = loader.batch()
+    assert batch.positions[..., 2].max() == 3 and batch.positions[..., 1].max() == 1
+    assert isinstance(loader.stream.drafter, Drafter)
+
+
+@pytest.fixture(scope="module")
+def cache_recipe(folder, tiny_tokenizers, tmp_path_factory):
+    mapping = {
+        "kind": "model",
+        "tokenizers": {t: str(tiny_tokenizers / t) for t in ("image", "text")},
+        "data": {"sources": {"p": {"type": "folder", "path": str(folder)}}},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+def test_two_ranks_killed_and_started_again_make_one_cache(cache_recipe, cache, tmp_path):
+    command = [sys.executable, "-m", "mmrdpm", "data", "cache", str(cache_recipe)]
+    command += ["--out", str(tmp_path), "--per-shard", "1"]
+
+    def start(rank):
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = start(0)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("p/shard-*.safetensors")) and first.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    for process in [start(0), start(1)]:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, f"{tmp_path / 'p'}\n"), err
+    made, expected = CachedLatents(str(tmp_path / "p")), CachedLatents(str(cache))
+    assert len(made) == len(expected) == 10
+    assert [made.record(i).key for i in range(10)] == [expected.record(i).key for i in range(10)]
+
+
+def test_inspect_prints_samples_and_problems_and_draws_a_sheet(folder, tmp_path, capsys):
+    assert main(["data", "inspect", str(folder), "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "source: folder, 12 records"
+    assert any("02.png  30x16  8 characters: number 2" in line for line in lines)
+    assert "  pictures: 10, width 28 to 39 (median 33.5), height 16 to 16 (median 16)" in lines
+    assert "  problem: 1 not a picture that can be read" in lines
+    with Image.open(tmp_path / "source.png") as sheet:
+        assert sheet.size == (8 * 100 + 4, 2 * 100 + 4)
+
+
+def test_inspect_of_a_recipe_shows_each_source(cache_recipe, capsys):
+    assert main(["data", "inspect", str(cache_recipe), "--n", "3"]) == 0
+    assert capsys.readouterr().out.startswith("p: folder, 12 records\n")
+    assert main(["data", "inspect", str(cache_recipe), "data.sources.p.weight=0.5"]) == 1
+    assert "add up to 0.5, not to 1" in capsys.readouterr().err
+    assert main(["data", "inspect", "/no/such/folder/at/all"]) == 1
+    assert "no such file or folder" in capsys.readouterr().err
+    assert main(["data", "inspect", "s-0.tar", "s-1.tar"]) == 1
+    assert "put braces and stars in quotes" in capsys.readouterr().err
+
+
+def test_a_damaged_manifest_is_one_clear_error(cache, tmp_path):
+    shutil.copytree(cache, tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps({"shards": 3}))
+    with pytest.raises(DataError, match=r"manifest\.json: damaged: .*autoencoder is missing"):
+        CachedLatents(str(tmp_path / "c"))
+    shutil.copy(cache / "manifest.json", tmp_path / "c" / "manifest.json")
+    shard_path(tmp_path / "c", 1).write_bytes(b"short")
+    with pytest.raises(DataError, match="damaged"):
+        CachedLatents(str(tmp_path / "c"))
