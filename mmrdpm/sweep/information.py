@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmrdpm.api import Model
-from mmrdpm.data.loader import DataPlan, Loader
+from mmrdpm.data.loader import Loader
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.document import NO_TARGET, TEXT_TIMESTEP, Packed
 
 _ROWS = 8  # pictures or texts at once, about

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmrdpm import machine, shipped, text_tokenizer
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.loader import latents_of
+from mmrdpm.data.emoji_stream import latents_of
 from mmrdpm.data.pictures import to_pictures
 from mmrdpm.errors import RecipeError
 from mmrdpm.machine import Precision
