@@ -20,7 +20,7 @@ def test_newest_is_the_last_by_name_and_prune_keeps_the_newest(tmp_path):
         checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})
     (tmp_path / "step-9999999.safetensors.partial").write_text("a file half written")
     assert checkpoint.newest(tmp_path).name == "step-0000100.safetensors"
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path, CheckpointPolicy(keep=1))
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["step-0000100.safetensors"]
     assert [p.name for p in (tmp_path / "resume").iterdir()] == ["step-0000100.safetensors"]
 

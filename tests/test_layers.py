@@ -8,10 +8,10 @@ import mmrdpm
 PACKAGE = Path(mmrdpm.__file__).parent
 
 FLOORS = [
-    {"errors", "recipe", "shipped", "machine"},
+    {"errors", "recipe", "shipped", "machine", "distributed"},
     {"weights", "rdpm", "text_tokenizer", "vocabulary", "attention"},
     {"document", "transformer", "objective", "data"},
-    {"sampling", "optim", "checkpoint", "monitor", "metrics"},
+    {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},
     {"api"},
     {"train_tokenizer", "train_model", "evaluate", "evaluate_tokenizer"},
     {"bench", "export", "quickstart"},

@@ -45,7 +45,9 @@ def test_a_restored_optimiser_goes_on_as_the_first(name):
 
     def update(model, optimizers):
         (model.attentions(torch.ones(2, 4)) * model.table(torch.ones(2, 4))).sum().backward()
+        optimizers.clip()
         optimizers.step(0.1)
+        optimizers.clear()
 
     models = [Stack(), Stack()]
     first, second = (Optimizers(m, OptimizerConfig(name=name)) for m in models)

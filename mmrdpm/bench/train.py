@@ -38,9 +38,9 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> Iterator[str]:
         rates, roofs, speeds = [], [], []
         for _ in range(rounds):
             roofs.append(2 * _SIDE**3 / _timed(matrix_product)[0])
-            seconds, updates = _timed(lambda: [trainer.update() for _ in range(_UPDATES)])
-            tokens = sum(figures["tokens"] for _, figures in updates)
-            targets = sum(len(losses.per_token) for losses, _ in updates)
+            trainer.figures()  # begins to count anew
+            seconds, _ = _timed(lambda: [trainer.update() for _ in range(_UPDATES)])
+            tokens, targets = trainer.meter.seen()
             rates.append(6 * _multiplied(trainer, tokens, targets) / seconds)
             speeds.append(tokens / seconds)
     dtype = str(trainer.dtype).removeprefix("torch.")
@@ -55,11 +55,7 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> Iterator[str]:
 
 def _multiplied(trainer: Trainer, tokens: float, targets: float) -> float:
     """Weights times the tokens that pass through them."""
-    model = trainer.transformer
-    stack = sum(
-        p.numel() for part in (model.attentions, model.feed_forwards) for p in part.parameters()
-    )
-    return stack * tokens + model.table.weight.numel() * targets
+    return trainer.meter.stack * tokens + trainer.meter.table * targets
 
 
 def _matrix_product(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
