@@ -239,7 +239,7 @@ class Trainer:
 
     def update(self) -> bool:
         """One optimiser step on the next batch; False if the guard skipped it."""
-        plan, begun = self.recipe.train, time.perf_counter()
+        plan, begun = self.recipe.train, self.meter.start()
         rows = self._rows().to(self.device)
         waited = time.perf_counter() - begun
         divisor = distributed.sum_over_ranks(summed_weights(rows, plan.text_weight))

@@ -31,7 +31,13 @@ class Meter:
         self.sums = torch.zeros(self.num_timesteps + 2, dtype=torch.float64)
         self.counts = torch.zeros_like(self.sums)
         self.tokens = torch.zeros(2, dtype=torch.float64)  # useful ones, and all with padding
-        self.waited, self.begun = 0.0, time.perf_counter()
+        self.waited, self.begun = 0.0, 0.0
+
+    def start(self) -> float:
+        """Says that an update begins; gives the time, in seconds."""
+        now = time.perf_counter()
+        self.begun = self.begun or now
+        return now
 
     def add(self, losses: Sequence[Losses], document_ids: Tensor, waited: float) -> None:
         """Takes in one update of this rank: its losses, its rows, seconds waited for data."""
