@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -82,6 +83,17 @@ def peak_memory() -> int:
     """The most main memory that this process held so far, bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def main_memory() -> float | None:
+    """Bytes of main memory of this machine or its container, None where that is not known."""
+    limits = []
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/proc/meminfo")):
+        if path.exists():
+            words = path.read_text().split()
+            number = words[1] if words[0] == "MemTotal:" else words[0]
+            limits += [float(number) * (1024 if words[0] == "MemTotal:" else 1)] * number.isdigit()
+    return min(limits, default=None)
 
 
 def prepare(threads: int) -> None:

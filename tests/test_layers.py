@@ -14,7 +14,7 @@ FLOORS = [
     {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},
     {"api"},
     {"train_tokenizer", "train_model", "evaluate", "evaluate_tokenizer"},
-    {"bench", "export", "quickstart"},
+    {"bench", "export", "quickstart", "plan", "doctor"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def block_mask(layout: Layout) -> BlockMask:
 
 
 @lru_cache
-def _kernel(device: str) -> Callable[..., Tensor]:
+def _kernel(device: str) -> Callable[..., Any]:
     """Compiled once per process: without it torch writes out all scores."""
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel, dynamic=False) if device == "cuda" else kernel
