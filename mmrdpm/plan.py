@@ -40,6 +40,8 @@ _PART = 512  # positions scored at once, as in `objective`
 _PER_NODE = 8  # GPUs that hybrid sharding shards over
 _REACHED = 0.6  # of a GPU's data sheet, in practice: an assumption, not yet measured here
 _CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take, likewise
+_HOLES = 1.2  # what glibc's heap takes over what lives, as `machine.prepare` sets it: measured
+_PROGRAM = 0.55e9  # bytes that an emoji run on the CPU held before its first update, measured
 
 
 class Tally(TorchDispatchMode):
@@ -150,15 +152,15 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     whole = 4.0 * parameters
     held = whole / share if sharded else whole
     moments = _moments(loaded, model) / (share if sharded else 1)
-    spent = update.peak + (held if passes > 1 else 0)
-    base = _program(kind)
+    spent = update.peak * (_HOLES if kind == "cpu" else 1) + (held if passes > 1 else 0)
+    base = _PROGRAM if kind == "cpu" else _CONTEXT
     memory = {
         "weights": held,
         "gradients": held,
         "optimiser": moments,
         "average": held if loaded.train.ema else 0.0,
         "logits": logits,
-        "activations": max(0.0, update.peak - logits),
+        "activations": max(0.0, spent - logits),
         "program": base,
     }
     peak = base + held + moments + memory["average"] + max(spent, held)
@@ -324,11 +326,6 @@ def _dtype(loaded: ModelRecipe, kind: Kind) -> torch.dtype:
 
 def _room(kind: Kind) -> float | None:
     return machine.main_memory() if kind == "cpu" else machine.DATASHEET[kind][1]
-
-
-def _program(kind: Kind) -> float:
-    """What is held before the model: this process has loaded the same libraries."""
-    return machine.peak_memory() if kind == "cpu" else _CONTEXT
 
 
 def _rates(loaded: ModelRecipe, kind: Kind) -> tuple[float, float]:

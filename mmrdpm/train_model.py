@@ -158,6 +158,7 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
         trainer.restore(latest)
     with Monitor(run, run.name, plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")
+        dog.doing("drawing the first samples")
         sample(trainer, monitor, recipe.samples)
         stopping = False
         while trainer.step < plan.steps and not stopping:
