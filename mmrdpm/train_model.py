@@ -28,7 +28,7 @@ from mmrdpm.engine import parallel
 from mmrdpm.engine.guard import Guard, GuardConfig
 from mmrdpm.engine.meter import Meter
 from mmrdpm.engine.parallel import Objective, Parallel, Wanted
-from mmrdpm.errors import CheckpointError, TrainingError
+from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import summed_weights
@@ -190,6 +190,11 @@ class Trainer:
     def __init__(self, recipe: ModelRecipe, run: Path) -> None:
         plan = recipe.train
         self.recipe, self.step = recipe, 0
+        if recipe.data.rows % distributed.world_size():
+            raise RecipeError(
+                f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
+                " change one of them"
+            )
         self.images = image_tokenizer.load(_adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image))
         self.texts = text_tokenizer.load(_adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text))
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
@@ -296,7 +301,7 @@ class Trainer:
         state = checkpoint.state_of(path)
         weights.load_into(self.transformer, path)
         if self.average:
-            self.average.restore(dict(self.transformer.named_parameters()))
+            self.average.restore(weights.load(path)[0])
             weights.fill(self.transformer, state["raw"])
         self.step, self.loader.next_index = state["step"], state["next_document"]
         self.optimizers.restore(state["optimizers"])
@@ -309,7 +314,7 @@ class Trainer:
         Raises:
             TrainingError: there is no checkpoint, or it has happened too often.
         """
-        self.writer.finish()
+        distributed.first(self.writer.finish)
         place, guard, latest = self.loader.next_index, self.guard, checkpoint.newest(run)
         if latest is None or guard.rollbacks >= guard.config.rollbacks:
             raise TrainingError(

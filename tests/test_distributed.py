@@ -20,10 +20,10 @@ SEQUENCE = "loss/"  # the figures that must agree
 
 @pytest.fixture(scope="module")
 def shared_recipe(tiny_recipe, tmp_path_factory):
-    """20 updates of four rows, a checkpoint in the middle."""
+    """20 updates of four rows, a checkpoint in the middle, the weights averaged."""
     mapping = yaml.safe_load(tiny_recipe.read_text())
     mapping["data"]["rows"] = 4
-    mapping["train"] |= {"steps": 20, "timeout": 60}
+    mapping["train"] |= {"steps": 20, "timeout": 60, "ema": 0.9}
     mapping["checkpoint"] = {"every": 10, "keep": 3, "log_every": 1}
     path = tmp_path_factory.mktemp("shared") / "shared.yaml"
     path.write_text(yaml.safe_dump(mapping))
