@@ -315,14 +315,16 @@ class Trainer:
             TrainingError: there is no checkpoint, or it has happened too often.
         """
         distributed.first(self.writer.finish)
-        place, guard, latest = self.loader.next_index, self.guard, checkpoint.newest(run)
+        guard, latest = self.guard, checkpoint.newest(run)
         if latest is None or guard.rollbacks >= guard.config.rollbacks:
             raise TrainingError(
                 f"{run}: step {self.step}: {guard.report()}, after {guard.rollbacks} returns to a"
                 " checkpoint: lower train.lr, raise train.warmup, or look at the data"
             )
+        place, counts = self.loader.next_index, guard.state()
         self.restore(latest)
-        self.loader.next_index, self.guard = place, guard
+        self.loader.next_index = place
+        guard.restore(counts)
         guard.bad_in_a_row, guard.rollbacks = 0, guard.rollbacks + 1
         return f"back to {latest.name}, the data goes on"
 
