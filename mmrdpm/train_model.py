@@ -297,8 +297,18 @@ class Trainer:
             self.writer.write(write)
 
     def restore(self, path: Path) -> None:
-        """Goes back to where the checkpoint at `path` was taken."""
+        """Goes back to where the checkpoint at `path` was taken.
+
+        Raises:
+            CheckpointError: it is damaged, of another model or of another version.
+        """
         state = checkpoint.state_of(path)
+        needed = {"step", "next_document", "optimizers", "guard", "meter", "raw"}
+        if missing := needed - state.keys():
+            raise CheckpointError(
+                f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
+                " mmrdpm that wrote it, or begin anew"
+            )
         weights.load_into(self.transformer, path)
         if self.average:
             self.average.restore(weights.load(path)[0])
