@@ -11,14 +11,16 @@ checkpoint counts only when both are there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mmrdpm import recipe, weights
+from mmrdpm import recipe, shipped, weights
 from mmrdpm.errors import CheckpointError
 
 RECIPE_FILE = "recipe.yaml"
@@ -28,15 +30,25 @@ _NAME = re.compile(r"step-\d{7}\.safetensors")
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """When a run saves and logs, in steps, and how many checkpoints it keeps."""
+    """When a run saves and logs, in steps, and how many checkpoints it keeps.
+
+    Attributes:
+        keep: so many of the newest.
+        keep_every: and those of all steps that are a multiple of this one; 0 keeps none of them.
+    """
 
     every: int = field(default=500, metadata={"min": 1})
     keep: int = field(default=2, metadata={"min": 1})
+    keep_every: int = field(default=0, metadata={"min": 0})
     log_every: int = field(default=20, metadata={"min": 1})
 
 
-def begin(run: Path, resolved: Any, resume: bool) -> None:
+def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) -> None:
     """Opens a run folder: makes it and writes the recipe, or checks that the recipe is the same.
+
+    Args:
+        free: dotted keys that may differ when a run goes on, as they say how the machine is used
+            and not what is computed.
 
     Raises:
         CheckpointError: there is a run already and `resume` is off; none, or one of another
@@ -55,9 +67,33 @@ def begin(run: Path, resolved: Any, resume: bool) -> None:
         raise CheckpointError(f"{run}: no run to resume: leave --resume out to begin one")
     saved = recipe.from_dict(type(resolved), recipe.read(path), str(path))
     for key, old, new in _differences(recipe.to_dict(saved), recipe.to_dict(resolved)):
+        if key in free:
+            continue
         raise CheckpointError(
             f"{run}: was begun with {key}={old}, not {new}: resume it with the same recipe"
         )
+
+
+def adopt(run: Path, place: str, tokenizer: str) -> Path:
+    """The run's own copy of a tokeniser, made when the run begins.
+
+    Args:
+        place: where it lies in the run's folder.
+        tokenizer: name of a shipped one, or its folder.
+
+    Raises:
+        CheckpointError: it is no folder.
+    """
+    own = run / place
+    if not own.is_dir():
+        source = shipped.resolve("tokenizers", tokenizer)
+        if not source.is_dir():
+            raise CheckpointError(f"{source}: a tokeniser is a folder, not a file")
+        partial = own.with_name(own.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(own)
+    return own
 
 
 def save(run: Path, step: int, parameters: Mapping[str, Tensor], about: Any, state: Any) -> Path:
@@ -87,11 +123,48 @@ def state_of(path: Path) -> Any:
     return load_tree(path.parent / _RESUME / path.name)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints."""
-    for path in _all(run)[:-keep]:
-        path.unlink()
-        (run / _RESUME / path.name).unlink(missing_ok=True)
+def prune(run: Path, policy: CheckpointPolicy) -> None:
+    """Removes the checkpoints that the policy does not keep, and states without weights.
+
+    Weights go first: a kill in between leaves a state too many, never one too few.
+    """
+    for path in _all(run)[: -policy.keep]:
+        if not policy.keep_every or step_of(path) % policy.keep_every:
+            path.unlink()
+    for state in (run / _RESUME).glob("step-*.safetensors"):
+        if not (run / state.name).exists():
+            state.unlink()
+
+
+def step_of(path: Path) -> int:
+    """The step whose weights lie at `path`."""
+    return int(path.stem.removeprefix("step-"))
+
+
+class Writer:
+    """Writes checkpoints one after the other, beside the training where that is safe.
+
+    In the background only what is a copy may be written, such as tensors fetched from a GPU. What
+    went wrong is raised by the next call.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._pool = ThreadPoolExecutor(1) if background else None
+        self._last: Future[None] | None = None
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Does the work, or waits for the last one and begins this one."""
+        self.finish()
+        if self._pool is None:
+            work()
+        else:
+            self._last = self._pool.submit(work)
+
+    def finish(self) -> None:
+        """Waits until all is written."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
 
 
 def _all(run: Path) -> list[Path]:

@@ -7,7 +7,7 @@ The noisy blocks come first, so that "earlier context" never shows them their ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,11 +78,21 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same rows on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def rows(self, where: slice) -> Packed:
+        """Some of the rows."""
+        return self._each(lambda tensor: tensor[where])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        layout = self.layout
         return Packed(
-            *(
-                getattr(self, name).to(device)
-                for name in ("token_ids", "latents", "timesteps", "targets", "positions", "layout")
-            )
+            change(self.token_ids),
+            change(self.latents),
+            change(self.timesteps),
+            change(self.targets),
+            change(self.positions),
+            Layout(*map(change, (layout.document_ids, layout.block_ids, layout.kinds))),
         )
 
 

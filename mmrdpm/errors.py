@@ -24,3 +24,11 @@ class CheckpointError(MmrdpmError):
 
 class UsageError(MmrdpmError):
     """A call that makes no sense: an empty prompt, a number out of range."""
+
+
+class DistributedError(MmrdpmError):
+    """Another process of the job is gone or does not answer."""
+
+
+class TrainingError(MmrdpmError):
+    """A run that cannot go on: its loss is no number, again and again."""

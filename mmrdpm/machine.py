@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
+
+# bfloat16 FLOP/s (dense), bytes of memory, and bytes per second to it, of NVIDIA's SXM boards
+DATASHEET = {
+    "h200": (989e12, 141e9, 4.8e12),
+    "h100": (989e12, 80e9, 3.35e12),
+    "a100": (312e12, 80e9, 2.0e12),
+}
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -32,6 +43,57 @@ def matrix_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """A context whose matrix products are of that type."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second that matrix products can reach.
+
+    The data sheet's figure (dense, bfloat16) for the GPUs in `DATASHEET`, else measured.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device).lower()
+        for kind, (rate, *_) in DATASHEET.items():
+            if kind in name:
+                return rate
+    return measured_rate(device, dtype)
+
+
+def measured_rate(device: torch.device, dtype: torch.dtype, side: int = 1024) -> float:
+    """Floating point operations per second of one square matrix product, the best of four."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(4))
+
+
+def measured_bandwidth(device: torch.device, size: int = 2**24) -> float:
+    """Bytes per second of adding a number to a large float32 tensor, read and written."""
+    a = torch.zeros(size, device=device)
+    return 8 * size / min(seconds(lambda: a + 1, device) for _ in range(4))
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """What some work takes, until the device is done with it."""
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
+
+
+def peak_memory() -> int:
+    """The most main memory that this process held so far, bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def main_memory() -> float | None:
+    """Bytes of main memory of this machine or its container, None where that is not known."""
+    limits = []
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/proc/meminfo")):
+        if path.exists():
+            words = path.read_text().split()
+            number = words[1] if words[0] == "MemTotal:" else words[0]
+            limits += [float(number) * (1024 if words[0] == "MemTotal:" else 1)] * number.isdigit()
+    return min(limits, default=None)
 
 
 def prepare(threads: int) -> None:

@@ -1,18 +1,20 @@
 """What a long run shows: a live display, a log that outlives it, and a clean way to stop.
 
-The display goes to stderr; every record also goes to `DIR/metrics.jsonl` and to TensorBoard files
-under `DIR/tensorboard`. Ctrl-C and SIGTERM do not kill the run: they set `stopping`, so that the
-loop can save and leave; a second one kills.
+The display goes to stderr; every record also goes to `DIR/metrics.jsonl`, to TensorBoard files
+under `DIR/tensorboard` and, where asked for, to Weights & Biases. Of many ranks only the first
+shows and logs. Ctrl-C and SIGTERM do not kill the run: they set `stopping`, so that the loop can
+save and leave; a second one kills.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,13 +22,117 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from mmrdpm import distributed
+from mmrdpm.errors import RecipeError
+
+
+class Log(Protocol):
+    """Where records go."""
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def picture(self, name: str, step: int, image: Image.Image) -> None: ...
+    def text(self, name: str, step: int, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line.
+
+    A run that goes on from step `done` drops the records of later steps, which will come again,
+    and a last line that a kill cut short.
+    """
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= done:
+                    kept.append(line + "\n")
+            except ValueError:
+                break
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+
+    def picture(self, name: str, step: int, image: Image.Image) -> None:
+        pass  # the run's folder holds it
+
+    def text(self, name: str, step: int, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files; a run that goes on hides what came after step `done`."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        self._board = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, name: str, step: int, image: Image.Image) -> None:
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def text(self, name: str, step: int, text: str) -> None:
+        self._board.add_text(name, text, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class WandB:
+    """Weights & Biases; the run keeps its identity when it goes on.
+
+    Raises:
+        RecipeError: the package is not installed.
+    """
+
+    def __init__(self, project: str, run: Path) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise RecipeError(
+                "train.wandb is set, but wandb is not installed: pip install wandb, or leave it out"
+            ) from None
+        name = run.resolve().name
+        self._wandb: Any = wandb
+        self._run: Any = wandb.init(
+            project=project, name=name, id=name, resume="allow", dir=str(run)
+        )
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def picture(self, name: str, step: int, image: Image.Image) -> None:
+        self._run.log({name: self._wandb.Image(image)}, step=step)
+
+    def text(self, name: str, step: int, text: str) -> None:
+        self._run.log({name: text}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
 
 class Monitor:
-    """A context manager around a loop of `total` steps that begins at step `done`."""
+    """A context manager around a loop of `total` steps that begins at step `done`.
 
-    def __init__(self, run: Path, title: str, total: int, done: int = 0) -> None:
+    Args:
+        wandb: a project of Weights & Biases, "" for none.
+    """
+
+    def __init__(self, run: Path, title: str, total: int, done: int = 0, wandb: str = "") -> None:
         self.run, self.stopping = run, False
-        self._console = Console(stderr=True)
+        self._done, self._wandb, self._logs = done, wandb, list[Log]()
+        self._console = Console(stderr=True, quiet=not distributed.is_main())
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -39,8 +145,10 @@ class Monitor:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Monitor:
-        self._log = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.run / "tensorboard"))
+        if distributed.is_main():
+            self._logs += [JsonLines(self.run / "metrics.jsonl", self._done)]
+            self._logs += [TensorBoard(self.run / "tensorboard", self._done)]
+            self._logs += [WandB(self._wandb, self.run)] if self._wandb else []
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._stop)
         self._progress.start()
@@ -50,8 +158,8 @@ class Monitor:
         self._progress.stop()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._board.close()
-        self._log.close()
+        for log in self._logs:
+            log.close()
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
@@ -59,10 +167,8 @@ class Monitor:
 
     def record(self, step: int, figures: Mapping[str, float], shown: Mapping[str, str]) -> None:
         """Logs figures, and shows some of them beside the bar and, off a terminal, as a line."""
-        self._log.write(json.dumps({"step": step, **figures}) + "\n")
-        self._log.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+        for log in self._logs:
+            log.figures(step, figures)
         line = "  ".join(f"{name} {text}" for name, text in shown.items())
         self._progress.update(self._task, completed=step, figures=line)
         if not self._console.is_terminal:
@@ -73,12 +179,14 @@ class Monitor:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def picture(self, name: str, step: int, image: Image.Image) -> None:
-        """An RGB picture for TensorBoard."""
-        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+        """Logs an RGB picture."""
+        for log in self._logs:
+            log.picture(name, step, image)
 
     def text(self, name: str, step: int, text: str) -> None:
-        """A text for TensorBoard."""
-        self._board.add_text(name, text, step)
+        """Logs a text."""
+        for log in self._logs:
+            log.text(name, step, text)
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         self.stopping = True

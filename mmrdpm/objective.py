@@ -34,11 +34,28 @@ class Losses:
         return chosen.mean().item() if len(chosen) else None
 
 
-def loss(model: Transformer, packed: Packed, text_weight: float = 1.0) -> Losses:
+def summed_weights(packed: Packed, text_weight: float = 1.0) -> Tensor:
+    """The weights of all targets of some rows, added up: a float32 scalar."""
+    learned = packed.targets != NO_TARGET
+    return _weights(packed.timesteps[learned], text_weight).sum()
+
+
+def loss(
+    model: Transformer,
+    packed: Packed,
+    text_weight: float = 1.0,
+    z_weight: float = 0.0,
+    divisor: Tensor | None = None,
+) -> Losses:
     """Cross-entropy at every target; text targets weigh `text_weight`, image targets 1.
 
     The mean is over the summed weights, so that packing does not change the objective. Only
     positions that have a target are scored.
+
+    Args:
+        z_weight: of the squared log of the softmax's denominator, which keeps logits from drifting
+            (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4).
+        divisor: the summed weights of the whole batch where these rows are only a part of it.
     """
     learned = packed.targets != NO_TARGET
     hidden = model(packed)[learned]
@@ -46,9 +63,23 @@ def loss(model: Transformer, packed: Packed, text_weight: float = 1.0) -> Losses
     targets = packed.targets[learned]
     # in parts: the logits of one part stay in the cache, those of all are the largest tensor
     parts = zip(hidden.split(_PART), targets.split(_PART), strict=True)
-    per_token = torch.cat(
-        [cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in parts]
-    )
-    weights = torch.where(timesteps < 0, text_weight, 1.0)
-    total = (per_token * weights).sum() / weights.sum().clamp(min=1e-8)
+    scored = [model.once_or_twice(_score, model, h, t, z_weight) for h, t in parts]
+    per_token, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
+    weights = _weights(timesteps, text_weight)
+    if divisor is None:
+        divisor = weights.sum()
+    raised = per_token + z_weight * squared_z if z_weight else per_token
+    total = (raised * weights).sum() / divisor.clamp(min=1e-8)
     return Losses(total, per_token.detach(), timesteps)
+
+
+def _score(
+    model: Transformer, hidden: Tensor, targets: Tensor, z_weight: float
+) -> tuple[Tensor, Tensor]:
+    logits = model.logits(hidden).float()
+    squared_z = logits.logsumexp(-1).square() if z_weight else logits.new_zeros(len(targets))
+    return cross_entropy(logits, targets, reduction="none"), squared_z
+
+
+def _weights(timesteps: Tensor, text_weight: float) -> Tensor:
+    return torch.where(timesteps < 0, text_weight, 1.0)

@@ -1,4 +1,4 @@
-"""Optimisers and the learning rate's course.
+"""Optimisers, the learning rate's course and the average of the weights.
 
 Matrices of the stack go to Muon (Jordan 2024; learning rates scaled to AdamW's by Liu et al. 2025,
 arXiv 2502.16982, eq. 4), everything else, or all of it, to AdamW.
@@ -7,6 +7,7 @@ arXiv 2502.16982, eq. 4), everything else, or all of it, to AdamW.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,10 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from mmrdpm import distributed
+
+Schedule = Literal["cosine", "wsd"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What `optimizers` builds; the learning rate itself is set at every step."""
+    """What `optimizers` builds; the learning rate itself is set at every step.
+
+    Attributes:
+        clip: the norm that gradients are scaled down to; 0 leaves them as they are.
+    """
 
     name: Literal["muon", "adamw"] = "muon"
     weight_decay: float = field(default=0.01, metadata={"min": 0.0})
@@ -56,7 +65,12 @@ class Muon(Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
     def orthogonal(self, matrix: Tensor) -> Tensor:
-        """Newton-Schulz: the singular values of a matrix brought near 1, its directions kept."""
+        """Newton-Schulz: the singular values of a matrix brought near 1, its directions kept.
+
+        It needs the whole matrix: a sharded one is gathered, and every rank computes all of it.
+        """
+        if distributed.is_sharded(matrix):
+            return distributed.shard_like(self.orthogonal(distributed.whole(matrix)), matrix)
         x = matrix.to(self.dtype)
         wide = x if x.shape[0] <= x.shape[1] else x.T
         wide = wide / wide.norm().clamp(min=1e-7)
@@ -96,29 +110,86 @@ class Optimizers:
         if matrices:
             self.parts.append(Muon(matrices, decay, dtype))
 
-    def step(self, lr: float) -> float:
-        """Clips, updates and clears the gradients; gives their norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+    def clip(self) -> float:
+        """Clips the gradients; gives their norm before, of all ranks where they are sharded."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+        return distributed.whole(norm).item()
+
+    def step(self, lr: float) -> None:
+        """One update by the gradients."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        for part in self.parts:
             part.zero_grad()
-        return norm.item()
 
     def state(self) -> list[dict[str, Any]]:
-        """What `restore` takes."""
-        return [part.state_dict() for part in self.parts]
+        """What `restore` takes, whole, on rank 0: all ranks must call it."""
+        return [distributed.gather(part.state_dict()) for part in self.parts]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """Goes back to a saved state."""
+        """Goes back to a saved state, whatever the number of ranks that saved it."""
         for part, saved in zip(self.parts, state, strict=True):
-            part.load_state_dict(saved)
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            shards = {
+                index: {
+                    name: distributed.shard_like(value, parameters[index])
+                    if value.shape == parameters[index].shape
+                    else value
+                    for name, value in values.items()
+                }
+                for index, values in saved["state"].items()
+            }
+            part.load_state_dict({**saved, "state": shards})
 
 
-def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
-    """Linear rise over `warmup` steps, then a half cosine to zero at `steps`."""
+def learning_rate(
+    peak: float,
+    step: int,
+    steps: int,
+    warmup: int,
+    schedule: Schedule = "cosine",
+    decay: float = 0.2,
+) -> float:
+    """Linear rise over `warmup` steps, then down to zero at `steps`.
+
+    cosine falls as a half cosine; wsd (warmup, stable, decay) stays at the peak and falls in the
+    last `decay` share of the steps only, as `1 - sqrt(progress)` (Hägele et al. 2024, arXiv
+    2405.18392), so that a run can be prolonged from before the fall.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "cosine":
+        progress = (step - warmup) / max(1, steps - warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    fall = max(1, round(steps * decay))
+    return peak * (1 - math.sqrt(max(0.0, 1 - (steps - step) / fall)))
+
+
+class Average:
+    """The exponential moving average of a model's parameters, shard by shard.
+
+    Its first steps forget faster, `(1 + n) / (10 + n)` of the average kept at step n, so that
+    the random start does not linger (as in TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.model = decay, model
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the parameters after step `step`."""
+        kept = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.model.named_parameters():
+            self.tensors[name].lerp_(parameter, 1 - kept)
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes back to a saved average of whole tensors."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(distributed.shard_like(tensors[name], tensor))

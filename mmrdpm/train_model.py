@@ -7,28 +7,31 @@ was stopped, or killed, goes on as if it had not been.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from mmrdpm import checkpoint, machine, shipped, text_tokenizer, weights
+from mmrdpm import checkpoint, distributed, machine, text_tokenizer, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, Model, build
 from mmrdpm.attention import backend
 from mmrdpm.attention.backend import Name
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.loader import Loader
+from mmrdpm.data.loader import Loader, merge_states
 from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.errors import CheckpointError
+from mmrdpm.engine import parallel
+from mmrdpm.engine.guard import Guard, GuardConfig
+from mmrdpm.engine.meter import Meter
+from mmrdpm.engine.parallel import Objective, Parallel, Wanted
+from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
-from mmrdpm.objective import Losses, loss
-from mmrdpm.optim import OptimizerConfig, Optimizers, learning_rate
+from mmrdpm.objective import summed_weights
+from mmrdpm.optim import Average, OptimizerConfig, Optimizers, Schedule, learning_rate
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sampling.image import Guided
 from mmrdpm.transformer import TransformerConfig
@@ -50,21 +53,54 @@ class Training:
     Attributes:
         steps: updates; the learning rate falls to zero at the last.
         lr: peak learning rate, reached after `warmup` updates.
+        schedule: how it falls: cosine, or wsd, which falls in the last `decay` share only.
         text_weight: weight of a text target; an image target weighs 1.
+        z_loss: weight of the squared log of the softmax's denominator; 0 is off.
+        ema: decay of the moving average of the weights, which is then what a checkpoint's weights
+            file holds; 0 is off.
+        guard: against updates that would spoil the run.
         precision: of matrix products, weights stay float32; auto is bf16 where the machine has
             instructions for it, else fp32.
-        attention: backend; auto takes xformers on CUDA where it is installed, else sdpa.
+        attention: backend; auto takes the fastest that is installed and can train here.
         threads: CPU threads; another number sums in another order, so it is part of the recipe.
+        parallel: how many ranks share the model; auto copies it where it fits, else shards it.
+        micro_batch_size: rows of `data.rows` that a rank computes at once, 0 for all of its own;
+            lower it where memory is short: gradients add up to the same.
+        recompute: whether layers are computed anew in the backward pass, which saves their
+            activations and costs a third more time.
+        compile: whether torch.compile fuses the layers, on CUDA only.
+        timeout: seconds after which a rank that does nothing ends the job.
+        wandb: project of Weights & Biases to log to, "" for none.
     """
 
     steps: int = field(default=6000, metadata={"min": 1})
     lr: float = field(default=3e-3, metadata={"min": 0.0})
     warmup: int = field(default=100, metadata={"min": 0})
+    schedule: Schedule = "cosine"
+    decay: float = field(default=0.2, metadata={"min": 0.0, "max": 1.0})
     text_weight: float = field(default=1.0, metadata={"min": 0.0})
+    z_loss: float = field(default=0.0, metadata={"min": 0.0})
+    ema: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
+    guard: GuardConfig = field(default_factory=GuardConfig)
     precision: Precision = "auto"
     attention: Name = "auto"
     seed: int = field(default=0, metadata={"min": 0})
     threads: int = field(default=2, metadata={"min": 1})
+    parallel: Wanted = "auto"
+    micro_batch_size: int = field(default=0, metadata={"min": 0})
+    recompute: bool = False
+    compile: bool = True
+    timeout: float = field(default=600.0, metadata={"min": 1.0})
+    wandb: str = ""
+
+
+MACHINE_KEYS = frozenset(  # how a machine is used: may differ when a run goes on
+    {"data.workers"}
+    | {
+        f"train.{name}"
+        for name in ("parallel", "micro_batch_size", "recompute", "compile", "timeout", "wandb")
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -97,30 +133,56 @@ class ModelRecipe:
 def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     """Trains a model into a run folder; False if it was stopped before the end.
 
+    Under torchrun every rank calls it. A job that torchrun started again goes on by itself.
+
     Raises:
         CheckpointError: the folder holds another run, or a checkpoint could not be written.
+        DistributedError: another rank was lost.
+        TrainingError: the loss is no number, again and again.
     """
-    plan = recipe.train
-    machine.prepare(plan.threads)
-    checkpoint.begin(run, recipe, resume)
-    trainer = Trainer(recipe, run)
+    machine.prepare(recipe.train.threads)
+    with distributed.joined(recipe.train.timeout):
+        distributed.first(lambda: _open(recipe, run, resume))
+        return _loop(recipe, run, Trainer(recipe, run))
+
+
+def _open(recipe: ModelRecipe, run: Path, resume: bool) -> None:
+    """Makes the run folder complete, or checks it."""
+    resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
+    checkpoint.begin(run, recipe, resume, MACHINE_KEYS)
+    checkpoint.adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image)
+    checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text)
+
+
+def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
+    plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
     if latest := checkpoint.newest(run):
         trainer.restore(latest)
-    meter = Meter(trainer.images.num_timesteps)
-    with Monitor(run, run.name, plan.steps, trainer.step) as monitor:
+    with Monitor(run, run.name, plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")
+        dog.doing("drawing the first samples")
         sample(trainer, monitor, recipe.samples)
-        while trainer.step < plan.steps and not monitor.stopping:
-            meter.add(*trainer.update())
+        stopping = False
+        while trainer.step < plan.steps and not stopping:
+            dog.doing(f"update {trainer.step + 1}")
+            if not trainer.update():
+                monitor.say(f"step {trainer.step}  {trainer.guard.report()}")
+            if trainer.guard.lost_patience:
+                monitor.say(trainer.roll_back(run))
+                continue
             step, last = trainer.step, trainer.step == plan.steps
+            stopping = distributed.anyone(monitor.stopping)
             monitor.advance(step)
-            if last or step % recipe.checkpoint.log_every == 0:
-                monitor.record(step, *meter.figures())
-            if last or step % recipe.checkpoint.every == 0 or monitor.stopping:
+            if last or step % policy.log_every == 0:
+                monitor.record(step, *trainer.figures())
+            if last or step % policy.every == 0 or stopping:
+                dog.doing(f"saving step {step}")
                 trainer.save(run)
-                checkpoint.prune(run, recipe.checkpoint.keep)
             if last or step % recipe.samples.every == 0:
+                dog.doing(f"drawing samples of step {step}")
                 sample(trainer, monitor, recipe.samples)
+        trainer.writer.finish()
+    dog.stop()
     return trainer.step == plan.steps
 
 
@@ -128,74 +190,178 @@ class Trainer:
     """The state of a run: weights, optimisers, place in the data and the number of updates."""
 
     def __init__(self, recipe: ModelRecipe, run: Path) -> None:
+        plan = recipe.train
         self.recipe, self.step = recipe, 0
-        self.images = image_tokenizer.load(_adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image))
-        self.texts = text_tokenizer.load(_adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text))
+        if recipe.data.rows % distributed.world_size():
+            raise RecipeError(
+                f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
+                " change one of them"
+            )
+        self.images = image_tokenizer.load(
+            checkpoint.adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image)
+        )
+        self.texts = text_tokenizer.load(
+            checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text)
+        )
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
         self.device = machine.device()
-        self.dtype = machine.matrix_dtype(recipe.train.precision, self.device)
-        self.attention = backend.resolve(recipe.train.attention, self.device)
-        torch.manual_seed(recipe.train.seed)
-        transformer = build(recipe.model, self.vocabulary, self.images)
-        self.transformer = transformer.to(self.device)
+        self.dtype = machine.matrix_dtype(plan.precision, self.device)
+        self.attention = backend.resolve(plan.attention, self.device)
+        with torch.device("meta"):
+            self.transformer = build(recipe.model, self.vocabulary, self.images)
         self.transformer.plan = backend.planner(self.attention)
+        self.transformer.recompute = plan.recompute
+        self.parameters = sum(p.numel() for p in self.transformer.parameters())
+        torch.manual_seed(plan.seed)
+        self.parallel = Parallel(
+            Objective(self.transformer, plan.text_weight, plan.z_loss),
+            parallel.resolve(plan.parallel, self.parameters, self.device),
+            self.device,
+            self.dtype,
+        )
+        if plan.compile and self.device.type == "cuda":
+            self.transformer.compile_layers()
         self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype)
+        self.average = Average(self.transformer, plan.ema) if plan.ema else None
+        self.guard, self.meter = Guard(plan.guard), self._meter()
+        self.writer = checkpoint.Writer(background=self.device.type == "cuda")
         self.loader = Loader(
             recipe.data,
-            recipe.train.seed,
+            plan.seed,
             self.images,
             self.texts,
             self.vocabulary,
-            skipped_log=run / "skipped.jsonl",
+            distributed.rank(),
+            distributed.world_size(),
+            run / "skipped.jsonl",
         )
+        self.latest: dict[str, float] = {}
+
+    def _meter(self) -> Meter:
+        model = self.transformer
+        stack = sum(
+            p.numel() for part in (model.attentions, model.feed_forwards) for p in part.parameters()
+        )
+        peak = machine.peak_rate(self.device, self.dtype)
+        table = model.table.weight.numel()
+        return Meter(self.images.num_timesteps, self.device, peak, stack, table)
 
     def describe(self) -> str:
         """One line about the size of things."""
-        parameters = sum(p.numel() for p in self.transformer.parameters())
         tokens = self.recipe.data.rows * self.recipe.data.seq_len
+        ranks = distributed.world_size()
         return (
-            f"{parameters / 1e6:.1f}M parameters, {tokens} tokens an update,"
+            f"{self.parameters / 1e6:.1f}M parameters, {tokens} tokens an update,"
             f" {self.loader.describe()},"
             f" {self.device.type} {str(self.dtype).removeprefix('torch.')},"
             f" attention {self.attention}"
+            + (f", {ranks} ranks ({self.parallel.mode})" if ranks > 1 else "")
         )
 
-    def update(self) -> tuple[Losses, dict[str, float]]:
-        """One optimiser step on the next batch."""
-        plan = self.recipe.train
-        packed = self.loader.batch().to(self.device)
-        with machine.autocast(self.dtype, self.device):
-            losses = loss(self.transformer, packed, plan.text_weight)
-        losses.total.backward()
-        lr = learning_rate(plan.lr, self.step, plan.steps, plan.warmup)
-        norm = self.optimizers.step(lr)
+    def update(self) -> bool:
+        """One optimiser step on the next batch; False if the guard skipped it."""
+        plan, begun = self.recipe.train, self.meter.start()
+        rows = self.loader.batch().to(self.device)
+        waited = time.perf_counter() - begun
+        divisor = distributed.sum_over_ranks(summed_weights(rows, plan.text_weight))
+        size = plan.micro_batch_size or len(rows.targets)
+        parts = [rows.rows(slice(i, i + size)) for i in range(0, len(rows.targets), size)]
+        losses = self.parallel.backward(parts, divisor)
+        lr = learning_rate(plan.lr, self.step, plan.steps, plan.warmup, plan.schedule, plan.decay)
+        norm = self.optimizers.clip()
         self.step += 1
-        tokens = int((packed.layout.document_ids >= 0).sum())
-        figures = {"lr": lr, "gradient_norm": norm, "tokens": tokens}
-        return losses, figures | self.loader.figures()
+        if good := self.guard.accepts(norm):
+            self.optimizers.step(lr)
+            self.meter.add(losses, rows.layout.document_ids, waited)
+            if self.average:
+                self.average.update(self.step)
+        self.optimizers.clear()
+        self.latest = {"lr": lr, "gradient_norm": norm}
+        return good
+
+    def figures(self) -> tuple[dict[str, float], dict[str, str]]:
+        """For the log, and the few to show, since the last call. All ranks must call it."""
+        logged, shown = self.meter.figures()
+        guard = {"skipped_updates": self.guard.skipped, "rollbacks": self.guard.rollbacks}
+        return {**logged, **self.latest, **guard, **self.loader.figures()}, shown
+
+    def _place(self) -> dict[str, Any]:
+        """The place in the data of all ranks together. All ranks must call it."""
+        return merge_states(distributed.gather_objects(self.loader.state()))
 
     def save(self, run: Path) -> None:
-        """Writes a checkpoint of the run."""
-        about = {"vocabulary": self.vocabulary.to_dict(), "step": self.step}
+        """Writes a checkpoint of the run. All ranks must call it."""
+        step, policy = self.step, self.recipe.checkpoint
+        raw = distributed.gather(dict(self.transformer.named_parameters()))
+        average = distributed.gather(self.average.tensors) if self.average else None
+        about = {"vocabulary": self.vocabulary.to_dict(), "step": step}
         state = {
-            "step": self.step,
-            "data": self.loader.state(),
+            "step": step,
+            "data": self._place(),
             "optimizers": self.optimizers.state(),
+            "guard": self.guard.state(),
+            "meter": self.meter.state(),
+            "raw": raw if average else None,
         }
-        checkpoint.save(run, self.step, self.transformer.state_dict(), about, state)
+
+        def write() -> None:
+            checkpoint.save(run, step, average or raw, about, state)
+            checkpoint.prune(run, policy)
+
+        if distributed.is_main():
+            self.writer.write(write)
 
     def restore(self, path: Path) -> None:
-        """Goes back to where the checkpoint at `path` was taken."""
-        weights.load_into(self.transformer, path)
+        """Goes back to where the checkpoint at `path` was taken.
+
+        Raises:
+            CheckpointError: it is damaged, of another model or of another version.
+        """
         state = checkpoint.state_of(path)
+        needed = {"step", "data", "optimizers", "guard", "meter", "raw"}
+        if missing := needed - state.keys():
+            raise CheckpointError(
+                f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
+                " mmrdpm that wrote it, or begin anew"
+            )
+        weights.load_into(self.transformer, path)
+        if self.average:
+            self.average.restore(weights.load(path)[0])
+            weights.fill(self.transformer, state["raw"])
         self.step = state["step"]
         self.loader.restore(state["data"])
         self.optimizers.restore(state["optimizers"])
+        self.guard.restore(state["guard"])
+        self.meter.restore(state["meter"])
+
+    def roll_back(self, run: Path) -> str:
+        """Goes back to the last checkpoint, but not in the data; says so.
+
+        Raises:
+            TrainingError: there is no checkpoint, or it has happened too often.
+        """
+        distributed.first(self.writer.finish)
+        guard, latest = self.guard, checkpoint.newest(run)
+        if latest is None or guard.rollbacks >= guard.config.rollbacks:
+            raise TrainingError(
+                f"{run}: step {self.step}: {guard.report()}, after {guard.rollbacks} returns to a"
+                " checkpoint: lower train.lr, raise train.warmup, or look at the data"
+            )
+        place, counts = self._place(), guard.state()
+        self.restore(latest)
+        self.loader.restore(place)
+        guard.restore(counts)
+        guard.bad_in_a_row, guard.rollbacks = 0, guard.rollbacks + 1
+        return f"back to {latest.name}, the data goes on"
 
     def model(self) -> Model:
-        """The model as it stands, to sample from."""
+        """The model as it stands, its weights averaged if they are, to sample from."""
+        transformer = self.transformer
+        if self.average:
+            transformer = build(self.recipe.model, self.vocabulary, self.images).to(self.device)
+            weights.fill(transformer, self.average.tensors)
         return Model(
-            self.transformer,
+            transformer,
             self.images,
             self.texts,
             self.recipe.sampling,
@@ -203,62 +369,15 @@ class Trainer:
         )
 
 
-class Meter:
-    """Mean losses per modality and timestep, and speed, since they were last read."""
-
-    def __init__(self, num_timesteps: int) -> None:
-        self.num_timesteps = num_timesteps
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums = torch.zeros(self.num_timesteps + 2, dtype=torch.float64)
-        self.counts = torch.zeros_like(self.sums)
-        self.tokens, self.begun = 0.0, time.perf_counter()
-        self.latest: dict[str, float] = {}
-
-    def add(self, losses: Losses, figures: dict[str, float]) -> None:
-        """Takes in one update."""
-        row = (losses.timesteps + 1).cpu()  # 0 is text, 1 the clean block, which has no loss
-        self.sums.index_add_(0, row, losses.per_token.double().cpu())
-        self.counts.index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
-        self.tokens += figures["tokens"]
-        self.latest = figures
-
-    def figures(self) -> tuple[dict[str, float], dict[str, str]]:
-        """All figures for the log, and the few to show; begins anew."""
-        speed = self.tokens / (time.perf_counter() - self.begun)
-        means = self.sums / self.counts
-        image = (self.sums[2:].sum() / self.counts[2:].sum()).item()
-        logged = {
-            "loss/text": means[0].item(),
-            "loss/image": image,
-            **{f"loss/timestep_{t:02d}": means[t + 1].item() for t in self._seen()},
-            "lr": self.latest["lr"],
-            "gradient_norm": self.latest["gradient_norm"],
-            "tokens_per_second": speed,
-            **{name: value for name, value in self.latest.items() if name.startswith("data/")},
-        }
-        first, last = means[self.num_timesteps + 1].item(), means[2].item()
-        shown = {
-            "text": f"{means[0]:.3f}",
-            "image": f"{image:.3f}",
-            f"(t={self.num_timesteps}": f"{first:.2f}",
-            "t=1": f"{last:.2f})",
-            "tokens/s": f"{speed:,.0f}",
-        }
-        kept = {name: value for name, value in logged.items() if value == value}
-        self._clear()
-        return kept, shown
-
-    def _seen(self) -> list[int]:
-        return [t for t in range(1, self.num_timesteps + 1) if self.counts[t + 1]]
-
-
 def sample(trainer: Trainer, monitor: Monitor, plan: Samples) -> None:
-    """Draws and captions the plan's prompts into the log and `DIR/samples/`.
+    """Draws and captions the plan's prompts into the log and `DIR/samples/`, on rank 0.
 
-    The sheet has two rows: the true pictures, as far as the data holds them, and the drawn ones.
+    A model that is sharded is not gathered for it: `mmrdpm generate --model RUN` draws from its
+    checkpoints. The sheet has two rows: the true pictures, as far as the data holds them, and the
+    drawn ones.
     """
+    if trainer.parallel.sharded or not distributed.is_main():
+        return
     model, step = trainer.model(), trainer.step
     data = load_emoji(trainer.images.image_size)
     index = {name: i for i, name in enumerate(data.names)}
@@ -274,17 +393,3 @@ def sample(trainer: Trainer, monitor: Monitor, plan: Samples) -> None:
     captions = "; ".join(f"{name} -> {caption or '(nothing)'}" for name, caption in pairs)
     monitor.text("captions", step, captions)
     monitor.say(f"step {step}  captions: {captions}")
-
-
-def _adopt(run: Path, place: str, name: str) -> Path:
-    """The run's own copy of a tokeniser, made when the run begins."""
-    own = run / place
-    if not own.is_dir():
-        source = shipped.resolve("tokenizers", name)
-        if not source.is_dir():
-            raise CheckpointError(f"{source}: a tokeniser is a folder, not a file")
-        partial = own.with_name(own.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        partial.rename(own)
-    return own

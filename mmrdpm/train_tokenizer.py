@@ -133,7 +133,7 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
             if last or step % recipe.checkpoint.every == 0:
                 tensors = trainer.tokenizer.state_dict()
                 checkpoint.save(run, step, tensors, {}, trainer.state())
-                checkpoint.prune(run, recipe.checkpoint.keep)
+                checkpoint.prune(run, recipe.checkpoint)
             if last:
                 break
     if finished := trainer.step == recipe.train.steps:

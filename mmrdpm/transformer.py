@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
+from torch.utils.checkpoint import checkpoint
 
 from mmrdpm.attention import sdpa
 from mmrdpm.attention.layout import Layout
@@ -68,11 +70,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        return self.out(attend(*self.project(x, rotation)).flatten(-2))
+
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[R, S, width]` -> turned q `[R, S, H, D]` and k, and v, `[R, S, G, D]`."""
         heads, kv_heads = self.heads, self.kv_heads
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=-2)
         q, k = rotate(rms_norm(qk, (self.head_dim,)), rotation).split((heads, kv_heads), dim=-2)
-        return self.out(attend(q, k, v).flatten(-2))
+        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -97,6 +103,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.plan: Callable[[Layout], Callable[..., Tensor]] = sdpa.plan  # a run may choose another
+        self.recompute = False  # whether layers are computed anew in the backward pass
         self.table = nn.Embedding(vocab_size, config.width)
         seen = 2 * latent_channels if config.sees_start_noise else latent_channels
         self.from_latents = nn.Linear(seen, config.width, bias=False)
@@ -108,12 +115,7 @@ class Transformer(nn.Module):
     def reset(self) -> None:
         """The whole initialisation."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
-                nn.init.zeros_(parameter)
-            elif name.startswith(("table", "timesteps")):
-                nn.init.normal_(parameter, std=0.02)
-            else:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            initialise(name, parameter)
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed rows -> hidden states `[R, S, width]`; `logits` scores them."""
@@ -134,16 +136,42 @@ class Transformer(nn.Module):
     def run(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The stack on embedded positions; `attend` may keep keys and values per layer."""
         rotation = rotations(positions, self.config.head_dim)
+        for index in range(self.config.layers):
+            x = self.once_or_twice(self.layer, index, x, rotation, attend)
+        return rms_norm(x, (self.config.width,))
+
+    def layer(self, index: int, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
+        """One layer of the stack: attention and feed-forward, each beside the residual stream."""
         width = (self.config.width,)
-        layers = zip(self.attentions, self.feed_forwards, strict=True)
-        for index, (attention, feed_forward) in enumerate(layers):
-            x = x + attention(rms_norm(x, width), rotation, partial(attend, index))
-            x = x + feed_forward(rms_norm(x, width))
-        return rms_norm(x, width)
+        x = x + self.attentions[index](rms_norm(x, width), rotation, partial(attend, index))
+        return x + self.feed_forwards[index](rms_norm(x, width))
+
+    def once_or_twice(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function; with `recompute` its backward pass calls it again, to save memory."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def compile_layers(self) -> None:
+        """Fuses what lies between attention's kernels; the names of parameters stay."""
+        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
+            attention.project = torch.compile(attention.project, dynamic=False)  # type: ignore
+            feed_forward.compile(dynamic=False)
 
     def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
         """Hidden states `[..., width]` -> scores of token ids `[..., V]`, or only of some."""
         return linear(hidden, self.table.weight[ids])
+
+
+@torch.no_grad()
+def initialise(name: str, parameter: Tensor) -> None:
+    """Draws one parameter, by its name, from torch's global generator."""
+    if name.endswith(("out.weight", "down.weight")):
+        nn.init.zeros_(parameter)
+    elif name.startswith(("table", "timesteps")):
+        nn.init.normal_(parameter, std=0.02)
+    else:
+        nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
 
 def rotations(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:

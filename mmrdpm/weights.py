@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmrdpm.distributed import shard_like
 from mmrdpm.errors import CheckpointError
 
 _METADATA = "mmrdpm"  # the one key of the header under which our metadata lie, as JSON
@@ -71,7 +72,6 @@ def metadata(path: Path) -> dict[str, Any]:
 
 def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
     """Fills a module with the tensors of a file, cast to the module's dtypes; gives the metadata.
-
     Raises:
         CheckpointError: as `load`, or the names or shapes differ from the module's.
     """
@@ -86,6 +86,12 @@ def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
                 f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs"
                 f" {list(tensor.shape)}: it is of another model"
             )
-    with torch.no_grad():
-        module.load_state_dict(tensors)
+    fill(module, tensors)
     return metadata
+
+
+@torch.no_grad()
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fills a module with whole tensors that fit it; of a sharded one each rank takes its part."""
+    expected = module.state_dict()
+    module.load_state_dict({n: shard_like(tensors[n], like) for n, like in expected.items()})

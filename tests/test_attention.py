@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmrdpm.attention import backend, sdpa, xformers
+from mmrdpm.attention import backend, flex, sdpa, xformers
 from mmrdpm.attention.layout import BlockKind, Layout
 from mmrdpm.errors import RecipeError
 
@@ -109,17 +109,31 @@ def test_the_biases_of_xformers_are_the_rule(seed):
     assert torch.equal(seen, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("seed", range(3))
-def test_xformers_equals_sdpa_forward_and_backward(seed):
+def test_flex_equals_sdpa_forward(seed):
+    """Uncompiled: the CPU compiles for half a minute. The backward pass needs CUDA."""
+    layout = random_rows(seed)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(*layout.kinds.shape, 4, 16, generator=generator)
+    k, v = torch.randn(2, *layout.kinds.shape, 2, 16, generator=generator)
+    with torch.no_grad():
+        out = flex.plan(layout)(q, k, v)
+    torch.testing.assert_close(out, sdpa.plan(layout)(q, k, v))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("plan", [xformers.plan, flex.plan])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_backend_equals_sdpa_forward_and_backward(plan, seed):
     layout = random_rows(seed).to("cuda")
     inside = (layout.document_ids >= 0)[..., None, None]
     generator = torch.Generator("cuda").manual_seed(seed)
     results = []
     shared = torch.randn(*layout.kinds.shape, 8, 32, device="cuda", generator=generator)
-    for plan in (sdpa.plan, xformers.plan):
+    for attend in (sdpa.plan(layout), plan(layout)):
         q, k, v = (x.clone().requires_grad_() for x in shared.split((4, 2, 2), dim=2))
-        out = torch.where(inside, plan(layout)(q, k, v), 0)
+        out = torch.where(inside, attend(q, k, v), 0)
         out.square().sum().backward()
         results.append((out, q.grad, k.grad, v.grad))
     for expected, got in zip(*results, strict=True):
@@ -128,5 +142,7 @@ def test_xformers_equals_sdpa_forward_and_backward(seed):
 
 def test_a_backend_that_cannot_run_is_refused():
     assert backend.resolve("auto", torch.device("cpu")) == "sdpa"
-    with pytest.raises(RecipeError, match="it needs CUDA, not cpu"):
+    with pytest.raises(RecipeError, match="xformers, but it needs CUDA, not cpu"):
         backend.resolve("xformers", torch.device("cpu"))
+    with pytest.raises(RecipeError, match="flex, but its backward pass needs CUDA, not cpu"):
+        backend.resolve("flex", torch.device("cpu"))

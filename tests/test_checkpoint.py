@@ -1,3 +1,6 @@
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,7 +23,7 @@ def test_newest_is_the_last_by_name_and_prune_keeps_the_newest(tmp_path):
         checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})
     (tmp_path / "step-9999999.safetensors.partial").write_text("a file half written")
     assert checkpoint.newest(tmp_path).name == "step-0000100.safetensors"
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path, CheckpointPolicy(keep=1))
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["step-0000100.safetensors"]
     assert [p.name for p in (tmp_path / "resume").iterdir()] == ["step-0000100.safetensors"]
 
@@ -48,3 +51,33 @@ def test_resuming_needs_a_run_of_the_same_recipe(tmp_path):
     checkpoint.begin(run, CheckpointPolicy(), resume=True)
     with pytest.raises(CheckpointError, match="begun with every=500, not 7"):
         checkpoint.begin(run, CheckpointPolicy(every=7), resume=True)
+
+
+def test_milestones_are_kept_and_orphaned_states_removed(tmp_path):
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})
+    (tmp_path / "step-0000030.safetensors").unlink()
+    checkpoint.prune(tmp_path, CheckpointPolicy(keep=1, keep_every=20))
+    assert [p.name for p in sorted(tmp_path.glob("*.safetensors"))] == [
+        "step-0000020.safetensors",
+        "step-0000040.safetensors",
+    ]
+    assert len(list((tmp_path / "resume").iterdir())) == 2
+
+
+def test_machine_keys_may_differ_when_a_run_goes_on(tmp_path):
+    checkpoint.begin(tmp_path / "run", CheckpointPolicy(), resume=False)
+    checkpoint.begin(tmp_path / "run", CheckpointPolicy(keep=3), resume=True, free={"keep"})
+
+
+def test_the_writer_works_aside_and_reports_what_went_wrong():
+    done, may_end = [], threading.Event()
+    writer = checkpoint.Writer(background=True)
+    writer.write(lambda: done.append(may_end.wait(10)))
+    assert not done
+    may_end.set()
+    writer.write(lambda: weights.load(Path("nowhere")))
+    assert done == [True]
+    with pytest.raises(CheckpointError, match="no such weights file"):
+        writer.finish()
+    writer.finish()

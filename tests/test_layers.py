@@ -8,13 +8,13 @@ import mmrdpm
 PACKAGE = Path(mmrdpm.__file__).parent
 
 FLOORS = [
-    {"errors", "recipe", "shipped", "machine"},
+    {"errors", "recipe", "shipped", "machine", "distributed"},
     {"weights", "rdpm", "text_tokenizer", "vocabulary", "attention"},
     {"document", "transformer", "objective", "data"},
-    {"sampling", "optim", "checkpoint", "monitor", "metrics"},
+    {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},
     {"api"},
     {"train_tokenizer", "train_model", "evaluation"},
-    {"bench", "export", "quickstart", "sweep"},
+    {"bench", "export", "quickstart", "sweep", "plan", "doctor"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

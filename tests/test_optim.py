@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmrdpm.optim import Muon, OptimizerConfig, Optimizers, learning_rate
+from mmrdpm.optim import Average, Muon, OptimizerConfig, Optimizers, learning_rate
 
 
 def test_muon_in_bfloat16_is_torchs_own():
@@ -45,7 +45,9 @@ def test_a_restored_optimiser_goes_on_as_the_first(name):
 
     def update(model, optimizers):
         (model.attentions(torch.ones(2, 4)) * model.table(torch.ones(2, 4))).sum().backward()
+        optimizers.clip()
         optimizers.step(0.1)
+        optimizers.clear()
 
     models = [Stack(), Stack()]
     first, second = (Optimizers(m, OptimizerConfig(name=name)) for m in models)
@@ -63,3 +65,29 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert course[0] == pytest.approx(0.2) and course[10] == pytest.approx(2.0)
     assert course[55] == pytest.approx(1.0) and course[100] == pytest.approx(0, abs=1e-12)
     assert course[:11] == sorted(course[:11]) and course[10:] == sorted(course[10:], reverse=True)
+
+
+def test_wsd_stays_at_the_peak_and_falls_at_the_end_only():
+    course = [learning_rate(2.0, step, 100, 10, "wsd", 0.2) for step in range(101)]
+    assert course[:11] == sorted(course[:11]) and course[10:81] == [2.0] * 71
+    assert course[85] == pytest.approx(2.0 * (1 - 0.5)) and course[100] == pytest.approx(0)
+
+
+def test_the_average_follows_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+        average = Average(model, decay=0.9)
+        model.weight.fill_(1.0)
+    average.update(step=0)
+    assert average.tensors["weight"].item() == pytest.approx(1 - 1 / 10)
+    average.update(step=10**6)
+    assert average.tensors["weight"].item() == pytest.approx(0.9 * 0.9 + 0.1)
+
+
+def test_clip_scales_to_the_norm_and_zero_leaves_gradients_alone():
+    for clip, expected in ((1.0, 1.0), (0.0, 5.0)):
+        model = nn.Linear(2, 1, bias=False)
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert Optimizers(model, OptimizerConfig(clip=clip)).clip() == pytest.approx(5.0)
+        assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-4)

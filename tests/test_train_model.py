@@ -1,6 +1,7 @@
 """Runs as a user starts them: real processes, stopped and killed for real."""
 
 import json
+import random
 import resource
 import signal
 import subprocess
@@ -8,8 +9,13 @@ import sys
 import time
 
 import pytest
+import torch
+import yaml
 
-from mmrdpm import checkpoint
+from mmrdpm import checkpoint, recipe, weights
+from mmrdpm.engine.guard import Guard, GuardConfig
+from mmrdpm.errors import TrainingError
+from mmrdpm.train_model import ModelRecipe, Trainer, train
 
 
 def start(recipe, run, *more, **kwargs):
@@ -21,7 +27,7 @@ def start(recipe, run, *more, **kwargs):
 
 def finish(process):
     """The exit status and what went to stderr."""
-    _, messages = process.communicate(timeout=120)
+    _, messages = process.communicate(timeout=600)
     return process.returncode, messages
 
 
@@ -56,8 +62,136 @@ def test_killed_and_resumed_equals_never_stopped(tiny_recipe, tiny_run, tmp_path
     process.communicate()
     assert newest_bytes(run)[0] != "step-0000012.safetensors"
     again = start(tiny_recipe, run, "--resume")
-    assert (again.communicate(timeout=120)[0], again.returncode) == (f"{run}\n", 0)
+    assert (again.communicate(timeout=600)[0], again.returncode) == (f"{run}\n", 0)
     assert newest_bytes(run) == newest_bytes(tiny_run)
+
+
+def losses(run):
+    """Step and losses of every record, as they were written."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k == "step" or k.startswith("loss/")} for r in records]
+
+
+def changed(tiny_recipe, folder, **sections):
+    """A recipe that differs in some keys."""
+    mapping = yaml.safe_load(tiny_recipe.read_text())
+    for section, values in sections.items():
+        mapping[section] = mapping.get(section, {}) | values
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+def last_step(run):
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return len(lines)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_losses_are_the_same_bit_for_bit(
+    kills, tiny_recipe, tmp_path, request
+):
+    """Every step is saved, so that many a kill falls into saving."""
+    if kills > 2 and not request.config.getoption("markexpr"):
+        pytest.skip("takes minutes: run it with -m slow")
+    policy = {"every": 1, "keep": 3, "log_every": 1}
+    steps, chance = 15 * kills, random.Random(0)
+    path = changed(tiny_recipe, tmp_path, train={"steps": steps}, checkpoint=policy)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(recipe.load(ModelRecipe, path), whole)
+    for kill in range(kills):
+        process = start(path, run, *["--resume"] * (kill > 0))
+        before = last_step(run)
+        while process.poll() is None and last_step(run) in (0, before):
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for saved in run.glob("step-*.safetensors"):
+            weights.load(saved)
+            assert checkpoint.state_of(saved)["step"] == checkpoint.step_of(saved)
+    code, messages = finish(start(path, run, "--resume"))
+    assert code == 0, messages
+    assert losses(run) == losses(whole)
+    assert newest_bytes(run) == newest_bytes(whole)
+
+
+def test_a_window_of_the_log_survives_a_stop_in_its_middle(tiny_recipe, tmp_path):
+    policy = {"every": 3, "keep": 9, "log_every": 4}
+    path = changed(tiny_recipe, tmp_path, checkpoint=policy)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, run):
+        assert train(recipe.load(ModelRecipe, path), folder)
+    for saved in run.glob("step-*.safetensors"):
+        if checkpoint.step_of(saved) > 6:
+            saved.unlink()
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"step": 13, "lo')  # as a kill leaves it
+    assert train(recipe.load(ModelRecipe, path), run, resume=True)
+    assert losses(run) == losses(whole)
+
+
+def test_the_objective_does_not_depend_on_how_a_batch_is_split(tiny_recipe, tmp_path):
+    """Rows with very different numbers of targets, whole and one by one, recomputed or not."""
+    path = changed(tiny_recipe, tmp_path, data={"rows": 3}, train={"z_loss": 1e-3})
+    found = []
+    for index, more in enumerate([[], ["train.micro_batch_size=1", "train.recompute=true"]]):
+        trainer = Trainer(recipe.load(ModelRecipe, path, more), tmp_path / str(index))
+        for _ in range(3):
+            assert trainer.update()
+        found.append((trainer.latest, trainer.transformer.state_dict()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def test_the_average_is_what_is_saved_and_survives_a_stop(tiny_recipe, tmp_path):
+    path = changed(tiny_recipe, tmp_path, train={"ema": 0.5})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, run):
+        assert train(recipe.load(ModelRecipe, path), folder)
+    (run / "step-0000012.safetensors").unlink()
+    assert train(recipe.load(ModelRecipe, path), run, resume=True)
+    assert newest_bytes(run) == newest_bytes(whole)
+    newest = checkpoint.newest(whole)
+    averaged, raw = weights.load(newest)[0], checkpoint.state_of(newest)["raw"]
+    assert averaged.keys() == raw.keys()
+    assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+
+
+def test_bad_updates_are_skipped_then_undone_then_given_up(tiny_recipe, tmp_path):
+    guard = {"patience": 2, "rollbacks": 1}
+    path = changed(tiny_recipe, tmp_path, train={"guard": guard})
+    trainer = Trainer(recipe.load(ModelRecipe, path), tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"lower train\.lr"):
+        trainer.roll_back(tmp_path / "run")
+    assert trainer.update()
+    trainer.save(tmp_path / "run")
+    kept = {name: p.clone() for name, p in trainer.transformer.state_dict().items()}
+    trainer.transformer.table.weight.data.fill_(torch.nan)
+    assert not trainer.update() and not trainer.guard.lost_patience
+    assert not trainer.update() and trainer.guard.lost_patience
+    place = trainer.loader.state()
+    assert "back to step-0000001" in trainer.roll_back(tmp_path / "run")
+    assert (trainer.step, trainer.loader.state()) == (1, place)
+    for name, tensor in trainer.transformer.state_dict().items():
+        assert torch.equal(tensor, kept[name])
+    assert trainer.update() and trainer.guard.skipped == 2
+    with pytest.raises(TrainingError, match="after 1 returns"):
+        trainer.roll_back(tmp_path / "run")
+
+
+def test_the_guard_knows_a_spike_from_a_bump():
+    guard = Guard(GuardConfig(spike=10.0, patience=2))
+    assert all(guard.accepts(1.0 + 0.1 * (i % 3)) for i in range(60))
+    assert guard.accepts(5.0) and not guard.accepts(50.0) and guard.accepts(1.0)
+    assert not guard.accepts(float("nan")) and not guard.accepts(float("inf"))
+    assert guard.lost_patience and guard.skipped == 3
+    assert Guard(GuardConfig(spike=0.0)).accepts(1e9)
+    again = Guard(guard.config)
+    again.restore(guard.state())
+    assert again == guard
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,30 +9,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrdpm.attention import sdpa, xformers
+from mmrdpm.attention import flex, sdpa, xformers
 from mmrdpm.attention.layout import Layout
 from mmrdpm.errors import RecipeError
 
-Name = Literal["auto", "sdpa", "xformers"]
+Backend = Literal["xformers", "flex", "sdpa"]
+Name = Literal["auto", "sdpa", "xformers", "flex"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(q [R, S, H, D], k, v [R, S, G, D]) -> [R, S, H, D]`."""
 
+BACKENDS: tuple[Backend, ...] = ("xformers", "flex", "sdpa")  # auto takes the first that can train
 
-def resolve(name: Name, device: torch.device) -> Literal["sdpa", "xformers"]:
-    """What `auto` means on a device: xformers on CUDA where it is installed, sdpa otherwise.
+
+def resolve(name: Name, device: torch.device) -> Backend:
+    """What `auto` means on a device: xformers on CUDA, else flex there, else sdpa.
 
     Raises:
-        RecipeError: xformers is asked for where it cannot run.
+        RecipeError: a backend is asked for that cannot train here; it says why.
     """
-    possible = device.type == "cuda" and find_spec("xformers") is not None
     if name == "auto":
-        return "xformers" if possible else "sdpa"
-    if name == "xformers" and not possible:
-        why = "it is not installed" if device.type == "cuda" else f"it needs CUDA, not {device}"
-        raise RecipeError(f"train.attention is xformers, but {why}: use auto or sdpa")
+        return next(known for known in BACKENDS if why_not(known, device) is None)
+    if why := why_not(name, device):
+        raise RecipeError(f"train.attention is {name}, but {why}: use auto or sdpa")
     return name
 
 
-def planner(name: Literal["sdpa", "xformers"]) -> Callable[[Layout], Attend]:
+def why_not(name: Backend, device: torch.device) -> str | None:
+    """Why a backend cannot train on a device, None where it can."""
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        reason = {"xformers": "it needs CUDA", "flex": "its backward pass needs CUDA"}[name]
+        return f"{reason}, not {device}"
+    package = {"xformers": "xformers", "flex": "triton"}[name]
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+def planner(name: Backend) -> Callable[[Layout], Attend]:
     """The backend's `plan`: a layout in, attention under it out."""
-    return {"sdpa": sdpa.plan, "xformers": xformers.plan}[name]
+    return {"sdpa": sdpa.plan, "xformers": xformers.plan, "flex": flex.plan}[name]

@@ -14,8 +14,6 @@ import torch
 from mmrdpm import machine
 from mmrdpm.bench.measure import machine_facts, matrix_product, ratio, timed
 from mmrdpm.bench.plot import chart, page
-from mmrdpm.bench.sample import stack_weights
-from mmrdpm.objective import Losses
 from mmrdpm.train_model import ModelRecipe, Trainer
 
 _UPDATES = 5  # per round
@@ -40,10 +38,9 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         roof = operations / timed(product)
         clock.optimizer = 0.0
-        updates: list[tuple[Losses, dict[str, float]]] = []
-        seconds = timed(lambda: updates.extend(trainer.update() for _ in range(_UPDATES)))  # noqa: B023
-        tokens = sum(figures["tokens"] for _, figures in updates)
-        targets = sum(len(losses.per_token) for losses, _ in updates)
+        trainer.figures()  # begins to count anew
+        seconds = timed(lambda: [trainer.update() for _ in range(_UPDATES)])
+        tokens, targets = trainer.meter.seen()
         measured.append(
             {
                 "matrix_flops_per_second": roof,
@@ -99,18 +96,15 @@ class _Clock:
         self.optimizer = 0.0
         step = trainer.optimizers.step
 
-        def timed_step(lr: float) -> float:
-            norms: list[float] = []
-            self.optimizer += timed(lambda: norms.append(step(lr)))
-            return norms[0]
+        def timed_step(lr: float) -> None:
+            self.optimizer += timed(lambda: step(lr))
 
         trainer.optimizers.step = timed_step  # type: ignore[method-assign]
 
 
 def _multiplied(trainer: Trainer, tokens: float, targets: float) -> float:
     """Weights times the tokens that pass through them."""
-    model = trainer.transformer
-    return stack_weights(model) * tokens + model.table.weight.numel() * targets
+    return trainer.meter.stack * tokens + trainer.meter.table * targets
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrdpm.cli import benchmarks, data, evaluating, sweeping, training, use
+from mmrdpm.cli import benchmarks, data, evaluating, scale, sweeping, training, use
 from mmrdpm.cli.common import INTERRUPTED, command
 from mmrdpm.errors import MmrdpmError
 from mmrdpm.quickstart import quickstart
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mmrdpm", description="One transformer that draws, captions and writes."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (use, data, training, evaluating, benchmarks, sweeping):
+    for part in (use, data, training, evaluating, scale, benchmarks, sweeping):
         part.add(commands)
     p = command(commands, quickstart_command, "quickstart")
     p.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR")

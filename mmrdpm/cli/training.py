@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmrdpm import recipe, shipped, text_tokenizer
+from mmrdpm import distributed, recipe, shipped, text_tokenizer
 from mmrdpm.cli.common import INTERRUPTED, Commands, command, group, recipe_file, run_options
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.pictures import contact_sheet, open_picture, to_pictures, to_square, to_tensor
@@ -66,12 +66,13 @@ def tokenizer_train(options: argparse.Namespace) -> int:
 
 def _train(function, loaded, options: argparse.Namespace, command: str) -> int:  # type: ignore[no-untyped-def]
     run = options.run or Path("runs") / Path(options.recipe).stem
-    if function(loaded, run, options.resume):
+    finished = function(loaded, run, options.resume)
+    if distributed.is_main() and finished:
         print(run)
-        return 0
-    again = " ".join(["mmrdpm", command, options.recipe, *options.overrides])
-    print(f"stopped; go on with: {again} --run {run} --resume", file=sys.stderr)
-    return INTERRUPTED
+    elif distributed.is_main():
+        again = " ".join(["mmrdpm", command, options.recipe, *options.overrides])
+        print(f"stopped; go on with: {again} --run {run} --resume", file=sys.stderr)
+    return 0 if finished else INTERRUPTED
 
 
 def tokenizer_eval(options: argparse.Namespace) -> None:

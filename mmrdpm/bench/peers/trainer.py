@@ -69,7 +69,9 @@ class Trainer:
                 f" {self.lr}: take it out of {self.name}.lrs"
             )
         warmup = round(self.recipe.equal.warmup * self.steps)
+        self.optimizers.clip()
         self.optimizers.step(learning_rate(self.lr, self.step, self.steps, warmup))
+        self.optimizers.clear()
         self.step += 1
         self.seconds += time.perf_counter() - begun
         if self.step > self.steps * (1 - _LAST):
@@ -97,7 +99,7 @@ class Trainer:
         }
         about = {"peer": self.name, "step": self.step}
         checkpoint.save(run, self.step, self.peer.state_dict(), about, state)
-        checkpoint.prune(run, self.recipe.checkpoint.keep)
+        checkpoint.prune(run, self.recipe.checkpoint)
 
     def restore(self, path: Path) -> None:
         """Goes back to where the checkpoint at `path` was taken."""

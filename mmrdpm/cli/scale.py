@@ -1,0 +1,41 @@
+"""Looks ahead: what a recipe will need, and what this machine can do."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmrdpm import recipe
+from mmrdpm.cli.common import Commands, command, count, recipe_file, recipe_options
+from mmrdpm.doctor import examine
+from mmrdpm.plan import lines, make_plan
+from mmrdpm.train_model import ModelRecipe
+
+
+def add(commands: Commands) -> None:
+    """Registers `plan` and `doctor`."""
+    p = command(commands, plan_command, "plan")
+    recipe_options(p)
+    p.add_argument("--gpus", type=count, default=1, metavar="N", help="or processes on the CPU")
+    p.add_argument("--kind", choices=("cpu", "h100", "h200", "a100"), default="h100")
+    p = command(commands, doctor_command, "doctor")
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="file, or name of a shipped recipe")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="as in train.lr=1e-3")
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """Says what a recipe will need: memory, operations, hours; 1 if it does not fit."""
+    path = recipe_file(options.recipe, ("model",))
+    loaded = recipe.load(ModelRecipe, path, options.overrides)
+    plan = make_plan(loaded, options.gpus, options.kind)
+    for line in lines(plan):
+        print(line)
+    return 0 if plan.fits else 1
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """Says what this machine can do, and whether a recipe can be trained on it."""
+    path = recipe_file(options.recipe, ("model",)) if options.recipe else None
+    found = list(examine(path, options.overrides))
+    for line in found:
+        print(line)
+    return int(any(line.trouble for line in found))

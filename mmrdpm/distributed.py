@@ -1,0 +1,196 @@
+"""Processes that train as one: ranks, sums over all of them, whole tensors and their shards.
+
+torchrun starts the processes and says who they are (`RANK`, `WORLD_SIZE`, ...). Without it there
+is one rank, and every function here leaves its argument as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmrdpm.errors import DistributedError
+
+_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
+
+
+def rank() -> int:
+    """The number of this process, 0 for the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def node_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this job again after a rank was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextmanager
+def joined(timeout: float) -> Iterator[None]:
+    """Holds the process group while the block runs: nccl where there is CUDA, else gloo.
+
+    Args:
+        timeout: seconds after which a rank that does not answer ends the job.
+
+    Raises:
+        DistributedError: another rank was lost or did not answer in time.
+    """
+    if world_size() == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        yield
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(s in str(error) for s in _SIGNS):
+            raise
+        raise DistributedError(
+            f"rank {rank()}: another rank was lost or did not answer within {timeout:g} s"
+            f" ({str(error).splitlines()[0][:200]}): look for the first message of the others;"
+            " torchrun --max-restarts N goes on from the last checkpoint"
+        ) from None
+
+
+class Watchdog:
+    """Ends the process, with a line that says where it hung, when nothing was done for too long.
+
+    A collective times out by itself; this also catches a rank that hangs elsewhere, in reading
+    data for example, which the other ranks could only wait for. It sleeps where there is one rank.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout, self._doing = timeout, "starting"
+        self._last = time.monotonic()
+        self._done = threading.Event()
+        if world_size() > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def doing(self, what: str) -> None:
+        """Says that the process is alive and what it does next."""
+        self._last, self._doing = time.monotonic(), what
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self.timeout / 4)):
+            if time.monotonic() - self._last > self.timeout:
+                print(
+                    f"mmrdpm: error: rank {rank()}: nothing was done for {self.timeout:g} s, the"
+                    f" last thing begun was {self._doing}: the job ends; raise train.timeout if"
+                    " that is how long it takes",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
+def first(work: Callable[[], object]) -> None:
+    """Lets rank 0 do something, the others wait; where it fails they end silently."""
+    if world_size() == 1:
+        work()
+        return
+    done = torch.zeros(1, device=_device())
+    try:
+        if is_main():
+            work()
+            done += 1
+    finally:
+        dist.all_reduce(done)
+    if not done:
+        raise SystemExit(1)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on every rank, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def anyone(flag: bool) -> bool:
+    """Whether the flag is set on any rank: all get the same answer."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=_device())))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every rank: all must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gather(tree: Any) -> Any:
+    """A tree of dicts and lists, its tensors whole and on the CPU of rank 0, None elsewhere.
+
+    One tensor after the other: no rank ever holds more than one whole. All ranks must call it.
+    """
+    if isinstance(tree, Mapping):
+        return {key: gather(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [gather(value) for value in tree]
+    if not isinstance(tree, Tensor):
+        return tree
+    tensor = whole(tree.detach())
+    return tensor.cpu() if is_main() else None
+
+
+def gather_objects(thing: Any) -> list[Any]:
+    """What every rank gives, by rank, on every rank: all must call it."""
+    if world_size() == 1:
+        return [thing]
+    everyones: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyones, thing)
+    return everyones
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, known to every rank, cut as `like` is; as it is where `like` is whole."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def is_sharded(thing: object) -> bool:
+    """Whether it is a tensor of which this rank holds only a shard."""
+    if world_size() == 1:  # spares everybody else the import
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(thing, DTensor)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,131 @@
+"""What this machine can do, on one page, and whether a recipe can be trained on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from mmrdpm import machine, recipe, shipped, text_tokenizer
+from mmrdpm.attention import backend
+from mmrdpm.data.loader import Loader
+from mmrdpm.errors import MmrdpmError
+from mmrdpm.plan import Kind, make_plan
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.train_model import ModelRecipe
+from mmrdpm.vocabulary import Vocabulary
+
+_OPTIONAL = {  # package -> what it is for
+    "xformers": "fastest attention on CUDA",
+    "triton": "flex attention and torch.compile on CUDA",
+    "wandb": "train.wandb",
+    "efficientnet-lite-pytorch": "mmrdpm eval",
+}
+_CHECKPOINT = 4  # times the weights: weights, moments, and what is written before the old one goes
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding; `trouble` says that a recipe cannot be trained as it is."""
+
+    name: str
+    text: str
+    trouble: bool = False
+
+    def __str__(self) -> str:
+        return f"{'!' if self.trouble else ' '} {self.name:<12} {self.text}"
+
+
+def examine(path: Path | None, overrides: list[str]) -> Iterator[Line]:
+    """Looks at the machine, then, where one is given, at a recipe and its data."""
+    yield from _machine()
+    yield from _attention()
+    yield from _packages()
+    if path is not None:
+        yield from _recipe(path, overrides)
+
+
+def _machine() -> Iterator[Line]:
+    yield Line("python", f"{platform.python_version()}, {platform.platform()}")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    yield Line("torch", f"{torch.__version__}, {build}")
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        yield Line("gpu", f"{index}: {card.name}, {card.total_memory / 1e9:.0f} GB")
+    if not torch.cuda.is_available():
+        yield Line("gpu", "none that torch can use")
+    yield Line("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}")
+    device = machine.device()
+    dtype = machine.matrix_dtype("auto", device)
+    rate = machine.measured_rate(device, dtype)
+    name = str(dtype).removeprefix("torch.")
+    yield Line("precision", f"{name} by auto, {rate / 1e9:,.0f} GFLOP/s in one matrix product")
+    memory = machine.main_memory()
+    yield Line("memory", f"{memory / 1e9:.0f} GB" if memory else "unknown")
+    yield Line("disk", f"{shutil.disk_usage('.').free / 1e9:.0f} GB free at {Path.cwd()}")
+
+
+def _attention() -> Iterator[Line]:
+    device = machine.device()
+    chosen = backend.resolve("auto", device)
+    for name in backend.BACKENDS:
+        why = backend.why_not(name, device)
+        text = f"{name}: " + (f"not here: {why}" if why else "can train here")
+        yield Line("attention", text + (" (auto)" if name == chosen else ""))
+
+
+def _packages() -> Iterator[Line]:
+    for package, purpose in _OPTIONAL.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        yield Line("package", f"{package}: {found} ({purpose})")
+
+
+def _recipe(path: Path, overrides: list[str]) -> Iterator[Line]:
+    try:
+        loaded = recipe.load(ModelRecipe, path, overrides)
+        yield Line("recipe", f"{path}: fits its schema")
+        yield Line("attention", f"{backend.resolve(loaded.train.attention, machine.device())}")
+        yield from _data(loaded)
+        yield from _needs(loaded)
+    except MmrdpmError as error:
+        yield Line("recipe", str(error), trouble=True)
+
+
+def _data(loaded: ModelRecipe) -> Iterator[Line]:
+    """Makes the first batch, as a run would."""
+    images = image_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.image))
+    texts = text_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.text))
+    vocabulary = Vocabulary(texts.size, images.codebook_size)
+    yield Line("tokenizers", f"{texts.size} text ids, {images.codebook_size} image codes")
+    loader = Loader(loaded.data, loaded.train.seed, images, texts, vocabulary)
+    useful = (loader.batch().layout.document_ids >= 0).double().mean().item()
+    yield Line("data", f"the first batch is there, {useful:.1%} of its tokens useful")
+
+
+def _needs(loaded: ModelRecipe) -> Iterator[Line]:
+    plan = make_plan(loaded, 1, _kind())
+    text = f"{plan.peak / 1e9:.2f} GB at once in one process"
+    if plan.room:
+        text += f", of {plan.room / 1e9:.0f} GB"
+    yield Line("needs", text, trouble=not plan.fits)
+    kept = (loaded.checkpoint.keep + 1) * _CHECKPOINT * 4 * plan.parameters
+    free = shutil.disk_usage(".").free
+    text = f"{kept / 1e9:.2f} GB for checkpoints, {free / 1e9:.0f} GB are free"
+    yield Line("needs", text, trouble=kept > free)
+
+
+def _kind() -> Kind:
+    """The planned kind that is nearest to this machine."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name().lower()
+    return next((kind for kind in ("h200", "h100", "a100") if kind in name), "a100")  # type: ignore

@@ -1,0 +1,103 @@
+"""Mean losses per modality and timestep over all ranks, speed, memory and the wait for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmrdpm import distributed, machine
+from mmrdpm.objective import Losses
+
+
+class Meter:
+    """What happened since it was last read.
+
+    Args:
+        peak: floating point operations per second of one rank's device.
+        stack, table: weights that every token, and every target, is multiplied with.
+    """
+
+    def __init__(
+        self, num_timesteps: int, device: torch.device, peak: float, stack: int, table: int
+    ) -> None:
+        self.num_timesteps, self.device, self.peak = num_timesteps, device, peak
+        self.stack, self.table = stack, table
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums = torch.zeros(self.num_timesteps + 2, dtype=torch.float64)
+        self.counts = torch.zeros_like(self.sums)
+        self.tokens = torch.zeros(2, dtype=torch.float64)  # useful ones, and all with padding
+        self.waited, self.begun = 0.0, 0.0
+
+    def start(self) -> float:
+        """Says that an update begins; gives the time, in seconds."""
+        now = time.perf_counter()
+        self.begun = self.begun or now
+        return now
+
+    def add(self, losses: Sequence[Losses], document_ids: Tensor, waited: float) -> None:
+        """Takes in one update of this rank: its losses, its rows, seconds waited for data."""
+        for part in losses:
+            row = (part.timesteps + 1).cpu()  # 0 is text, 1 the clean block, which has no loss
+            self.sums.index_add_(0, row, part.per_token.double().cpu())
+            self.counts.index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
+        self.tokens += torch.tensor([(document_ids >= 0).sum().item(), document_ids.numel()])
+        self.waited += waited
+
+    def seen(self) -> tuple[float, float]:
+        """Tokens, padding left out, and targets of this rank."""
+        return self.tokens[0].item(), self.counts.sum().item()
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes: the sums of all ranks; all must call it."""
+        return {"sums": self._reduced(self.sums), "counts": self._reduced(self.counts)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes back to saved sums; the time begins anew."""
+        self._clear()
+        if distributed.is_main():
+            self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
+
+    def figures(self) -> tuple[dict[str, float], dict[str, str]]:
+        """All figures for the log, and the few to show; begins anew. All ranks must call it."""
+        sums, counts, tokens = map(self._reduced, (self.sums, self.counts, self.tokens))
+        elapsed = time.perf_counter() - self.begun
+        means, useful = sums / counts, tokens[0].item()
+        image = (sums[2:].sum() / counts[2:].sum()).item()
+        flops = 6 * (self.stack * useful + self.table * counts.sum().item())
+        logged = {
+            "loss/text": means[0].item(),
+            "loss/image": image,
+            **{f"loss/timestep_{t:02d}": means[t + 1].item() for t in self._seen(counts)},
+            "tokens_per_second": useful / elapsed,
+            "useful_tokens": useful / tokens[1].clamp(min=1).item(),
+            "share_of_peak": flops / elapsed / (self.peak * distributed.world_size()),
+            "data_wait": self.waited / elapsed,
+            "peak_memory_gb": _memory(self.device) / 1e9,
+        }
+        shown = {
+            "text": f"{means[0]:.3f}",
+            "image": f"{image:.3f}",
+            f"(t={self.num_timesteps}": f"{means[self.num_timesteps + 1]:.2f}",
+            "t=1": f"{means[2]:.2f})",
+            "tokens/s": f"{useful / elapsed:,.0f}",
+        }
+        self._clear()
+        return {name: value for name, value in logged.items() if value == value}, shown
+
+    def _seen(self, counts: Tensor) -> list[int]:
+        return [t for t in range(1, self.num_timesteps + 1) if counts[t + 1]]
+
+    def _reduced(self, tensor: Tensor) -> Tensor:
+        return distributed.sum_over_ranks(tensor.clone().to(self.device)).cpu()
+
+
+def _memory(device: torch.device) -> int:
+    """The most that was held so far, on the GPU where there is one, bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return machine.peak_memory()

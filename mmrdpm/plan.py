@@ -1,0 +1,340 @@
+"""What a recipe will need, before anything is allocated: memory by part, operations, hours.
+
+One update is run on tensors without memory (torch's fake tensors): every operation that the real
+one would call is seen, what it computes and moves is added up, and the bytes that live at once are
+followed from allocation to release. Time is the sum of both at the machine's rates (a roofline
+without overlap), measured here for `cpu`, from NVIDIA's data sheets for the GPUs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mmrdpm import machine, recipe, shipped, text_tokenizer
+from mmrdpm.api import build
+from mmrdpm.attention import sdpa
+from mmrdpm.attention.layout import Layout
+from mmrdpm.document import Packed
+from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
+from mmrdpm.errors import UsageError
+from mmrdpm.optim import Muon
+from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.train_model import ModelRecipe
+from mmrdpm.transformer import Transformer
+from mmrdpm.vocabulary import Vocabulary
+
+Kind = Literal["cpu", "h100", "h200", "a100"]
+
+_PART = 512  # positions scored at once, as in `objective`
+_PER_NODE = 8  # GPUs that hybrid sharding shards over
+_REACHED = 0.6  # of a GPU's data sheet, in practice: an assumption, not yet measured here
+_CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take, likewise
+_HOLES = 1.2  # what glibc's heap takes over what lives, as `machine.prepare` sets it: measured
+_PROGRAM = 0.55e9  # bytes that an emoji run on the CPU held before its first update, measured
+
+
+class Tally(TorchDispatchMode):
+    """Follows the operations below it.
+
+    Attributes:
+        flops: of matrix products.
+        moved: bytes read and written by all operations but views.
+        live, peak: bytes of what was made below and still is, now and at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.moved = self.live = self.peak = 0.0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        if not _is_view(func):
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.moved += sum(t.numel() * t.element_size() for t in tensors)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def forget(_: object) -> None:
+            del self._alive[key]
+            self.live -= size
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _is_view(func: Any) -> bool:
+    aliases = (result.alias_info for result in func._schema.returns)
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one update of a recipe needs, per GPU (or process).
+
+    Attributes:
+        memory: bytes by part.
+        peak: bytes held at once: gradients come while activations go.
+        room: bytes that there are, None where that is unknown.
+        flops, moved: floating point operations of matrix products, and bytes moved, per update.
+        seconds: per update; data and the exchange between GPUs are left out.
+    """
+
+    recipe: ModelRecipe
+    gpus: int
+    kind: Kind
+    sharded: bool
+    parameters: int
+    tokens_per_image: int
+    memory: dict[str, float]
+    peak: float
+    room: float | None
+    flops: float
+    moved: float
+    seconds: float
+
+    @property
+    def hours(self) -> float:
+        return self.seconds * self.recipe.train.steps / 3600
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.peak <= self.room
+
+
+def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
+    """Plans one update.
+
+    Raises:
+        UsageError: the rows cannot be shared among so many GPUs.
+        MmrdpmError: a tokeniser is missing or its spec is wrong.
+    """
+    rows = loaded.data.rows
+    if rows % gpus:
+        raise UsageError(f"data.rows is {rows}, no multiple of {gpus} GPUs: change one of them")
+    machine.prepare(loaded.train.threads)
+    images, vocabulary = _tokenizers(loaded)
+    with torch.device("meta"):
+        model = build(loaded.model, vocabulary, images)
+    parameters = sum(p.numel() for p in model.parameters())
+    room = _room(kind)
+    sharded = _is_sharded(loaded, gpus, parameters, room, kind)
+    share = min(gpus, _PER_NODE) if loaded.train.parallel == "hybrid" else gpus
+    micro = min(loaded.train.micro_batch_size or rows // gpus, rows // gpus)
+    update, optimizer = Tally(), Tally()
+    logits = _one_pass(loaded, model, images, vocabulary, micro, kind, update)
+    _optimise(loaded, model, kind, optimizer)
+    passes = rows // gpus / micro
+    whole = 4.0 * parameters
+    held = whole / share if sharded else whole
+    moments = _moments(loaded, model) / (share if sharded else 1)
+    spent = update.peak * (_HOLES if kind == "cpu" else 1) + (held if passes > 1 else 0)
+    base = _PROGRAM if kind == "cpu" else _CONTEXT
+    memory = {
+        "weights": held,
+        "gradients": held,
+        "optimiser": moments,
+        "average": held if loaded.train.ema else 0.0,
+        "logits": logits,
+        "activations": max(0.0, spent - logits),
+        "program": base,
+    }
+    peak = base + held + moments + memory["average"] + max(spent, held)
+    flops = passes * update.flops + optimizer.flops
+    moved = passes * update.moved + optimizer.moved
+    rate, bandwidth = _rates(loaded, kind)
+    return Plan(
+        recipe=loaded,
+        gpus=gpus,
+        kind=kind,
+        sharded=sharded,
+        parameters=parameters,
+        tokens_per_image=images.num_timesteps * _positions(images),
+        memory=memory,
+        peak=peak,
+        room=room,
+        flops=flops,
+        moved=moved,
+        seconds=flops / rate + moved / bandwidth,
+    )
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The plan as a page of text."""
+    data, train = plan.recipe.data, plan.recipe.train
+    unit = "processes" if plan.kind == "cpu" else plan.kind.upper()
+    yield f"machine              {plan.gpus} {unit}" + (", sharded" if plan.sharded else "")
+    yield f"parameters           {plan.parameters:,}"
+    yield f"tokens per image     {plan.tokens_per_image:,} (all timesteps)"
+    yield f"tokens per update    {data.rows * data.seq_len:,} ({data.rows} rows of {data.seq_len})"
+    yield f"FLOPs per update     {plan.flops * plan.gpus:.3g} of matrix products"
+    yield "memory per GPU, GB" if plan.kind != "cpu" else "memory per process, GB"
+    for part, size in plan.memory.items():
+        yield f"  {part:<19}{size / 1e9:8.2f}"
+    yield f"  {'at once':<19}{plan.peak / 1e9:8.2f}" + (
+        f"  of {plan.room / 1e9:.0f}" if plan.room else ""
+    )
+    yield f"seconds per update   {plan.seconds:.3g} (data and exchange between GPUs left out)"
+    yield f"hours                {plan.hours:.3g} for {train.steps:,} updates"
+    if not plan.fits:
+        yield (
+            "WARNING: it does not fit: lower train.micro_batch_size, set train.recompute=true,"
+            " train.parallel=fsdp, or use more GPUs"
+        )
+
+
+def _tokenizers(loaded: ModelRecipe) -> tuple[ImageTokenizer, Vocabulary]:
+    folder = shipped.resolve("tokenizers", loaded.tokenizers.image)
+    spec = recipe.load(ImageTokenizerConfig, folder / SPEC_FILE)
+    with torch.device("meta"):
+        images = ImageTokenizer(spec)
+    texts = text_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.text))
+    return images, Vocabulary(texts.size, images.codebook_size)
+
+
+def _positions(images: ImageTokenizer) -> int:
+    size = 1
+    for side in images.grid:
+        size *= side
+    return size
+
+
+def _one_pass(
+    loaded: ModelRecipe,
+    meta: Transformer,
+    images: ImageTokenizer,
+    vocabulary: Vocabulary,
+    rows: int,
+    kind: Kind,
+    tally: Tally,
+) -> float:
+    """Forward and backward of some rows, every position with a target; gives the logits' bytes."""
+    dtype = _dtype(loaded, kind)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(loaded.model, vocabulary, images)
+        model.recompute = loaded.train.recompute
+        model.plan = sdpa.plan if kind == "cpu" else _exact_attention
+        packed = _blank(rows, loaded.data.seq_len, images)
+        with tally, machine.autocast(dtype, torch.device("cpu")):
+            hidden = model(packed).flatten(0, 1)
+            targets = packed.targets.flatten()
+            parts = zip(hidden.split(_PART), targets.split(_PART), strict=True)
+            losses = [model.once_or_twice(_score, model, h, t) for h, t in parts]
+            torch.cat(losses).sum().backward()
+    kept = _PART if loaded.train.recompute else rows * loaded.data.seq_len
+    return 4.0 * kept * vocabulary.size
+
+
+def _score(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(model.logits(hidden).float(), targets, reduction="none")
+
+
+def _blank(rows: int, seq_len: int, images: ImageTokenizer) -> Packed:
+    def number() -> Tensor:
+        return torch.zeros(rows, seq_len, dtype=torch.int64)
+
+    latents = torch.zeros(rows, seq_len, 2 * images.latent_channels)
+    positions = torch.zeros(rows, seq_len, 1 + len(images.grid), dtype=torch.int64)
+    layout = Layout(number(), number(), number())
+    return Packed(number(), latents, number(), number(), positions, layout)
+
+
+class _Exact(torch.autograd.Function):
+    """What a fused kernel keeps for its backward pass: its inputs and its output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def _exact_attention(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return _Exact.apply
+
+
+def _optimise(loaded: ModelRecipe, model: nn.Module, kind: Kind, tally: Tally) -> None:
+    """AdamW reads weight, gradient and moments and writes three; Muon multiplies matrices."""
+    matrices = _matrices(loaded, model)
+    taken = sum(p.numel() for p in matrices)
+    tally.moved += 7 * 4 * (sum(p.numel() for p in model.parameters()) - taken)
+    with FakeTensorMode():
+        for p in matrices:
+            muon = Muon([nn.Parameter(torch.empty(1, 1))], 0.0, _dtype(loaded, kind))
+            matrix = torch.empty(p.shape)
+            with tally:
+                muon.orthogonal(matrix)
+            tally.moved += 8 * 4 * p.numel()
+
+
+def _matrices(loaded: ModelRecipe, model: nn.Module) -> list[nn.Parameter]:
+    if loaded.optimizer.name != "muon":
+        return []
+    inside = ("attentions.", "feed_forwards.")
+    return [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(inside)]
+
+
+def _moments(loaded: ModelRecipe, model: nn.Module) -> float:
+    """Bytes of the optimisers' state: one moment for Muon, two for AdamW."""
+    one = sum(p.numel() for p in _matrices(loaded, model))
+    return 4.0 * (2 * sum(p.numel() for p in model.parameters()) - one)
+
+
+def _is_sharded(
+    loaded: ModelRecipe, gpus: int, parameters: int, room: float | None, kind: Kind
+) -> bool:
+    wanted = loaded.train.parallel
+    if gpus == 1 or wanted == "ddp":
+        return False
+    if wanted != "auto":
+        return True
+    return kind != "cpu" and room is not None and parameters * BYTES_PER_PARAMETER > room / 3
+
+
+def _dtype(loaded: ModelRecipe, kind: Kind) -> torch.dtype:
+    device = torch.device("cpu" if kind == "cpu" else "cuda")
+    return machine.matrix_dtype(loaded.train.precision, device)
+
+
+def _room(kind: Kind) -> float | None:
+    return machine.main_memory() if kind == "cpu" else machine.DATASHEET[kind][1]
+
+
+def _rates(loaded: ModelRecipe, kind: Kind) -> tuple[float, float]:
+    """FLOP/s and bytes/s."""
+    if kind != "cpu":
+        rate, _, bandwidth = machine.DATASHEET[kind]
+        return rate * _REACHED, bandwidth * _REACHED
+    device = torch.device("cpu")
+    return (
+        machine.measured_rate(device, _dtype(loaded, kind), side=2048),
+        machine.measured_bandwidth(device),
+    )

@@ -1,0 +1,168 @@
+"""Several ranks as a scheduler starts them: real processes, one of them killed or hung for real."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from mmrdpm import checkpoint, distributed, recipe, weights
+from mmrdpm.train_model import ModelRecipe, train
+
+SEQUENCE = "loss/"  # the figures that must agree
+
+
+@pytest.fixture(scope="module")
+def shared_recipe(tiny_recipe, tmp_path_factory):
+    """20 updates of four rows, a checkpoint in the middle, the weights averaged."""
+    mapping = yaml.safe_load(tiny_recipe.read_text())
+    mapping["data"]["rows"] = 4
+    mapping["train"] |= {"steps": 20, "timeout": 60, "ema": 0.9}
+    mapping["checkpoint"] = {"every": 10, "keep": 3, "log_every": 1}
+    path = tmp_path_factory.mktemp("shared") / "shared.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(shared_recipe, tmp_path_factory):
+    """The run of that recipe by one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert train(recipe.load(ModelRecipe, shared_recipe), run)
+    return run
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def start_ranks(recipe_file, run, *more, program=("-m", "mmrdpm", "train")):
+    """Two ranks as torchrun starts them, without the launcher."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *program, str(recipe_file), "--run", str(run), *more],
+            env={**os.environ, **common, "MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+
+
+def finish(processes):
+    """Exit statuses, stdouts and stderrs."""
+    said = [p.communicate(timeout=240) for p in processes]
+    return [p.returncode for p in processes], [o for o, _ in said], [e for _, e in said]
+
+
+def losses(run):
+    """The losses by (step, name)."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == sorted({r["step"] for r in records})
+    return {
+        (r["step"], name): value
+        for r in records
+        for name, value in r.items()
+        if name.startswith(SEQUENCE)
+    }
+
+
+def remove_after(run, step):
+    for path in run.glob("step-*.safetensors"):
+        if checkpoint.step_of(path) > step:
+            path.unlink()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one_and_go_on_as_one(mode, shared_recipe, alone, tmp_path):
+    run = tmp_path / "run"
+    options = [f"train.parallel={mode}", "train.micro_batch_size=1", "train.recompute=true"]
+    codes, out, err = finish(start_ranks(shared_recipe, run, *options))
+    assert codes == [0, 0], err
+    assert out == [f"{run}\n", ""] and f"2 ranks ({mode})" in err[0] and err[1] == ""
+    expected = losses(alone)
+    assert len({step for step, _ in expected}) == 20
+    assert losses(run) == pytest.approx(expected, abs=1e-4)
+    remove_after(run, 10)
+    assert train(recipe.load(ModelRecipe, shared_recipe), run, resume=True)
+    assert losses(run) == pytest.approx(expected, abs=1e-4)
+    ours, theirs = (weights.load(checkpoint.newest(r))[0] for r in (run, alone))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
+
+
+def test_what_one_began_two_go_on_with(shared_recipe, alone, tmp_path):
+    run = tmp_path / "run"
+    assert train(recipe.load(ModelRecipe, shared_recipe), run)
+    remove_after(run, 10)
+    codes, _, err = finish(start_ranks(shared_recipe, run, "--resume", "train.parallel=fsdp"))
+    assert codes == [0, 0], err
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(shared_recipe, tmp_path):
+    run = tmp_path / "run"
+    ranks = start_ranks(shared_recipe, run, "train.steps=100000")
+    while checkpoint.newest(run) is None:
+        assert ranks[0].poll() is None, ranks[0].communicate()[1]
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGTERM)
+    codes, _, err = finish(ranks)
+    assert codes == [130, 130]
+    assert "--resume" in err[0].splitlines()[-1] and err[1] == ""
+    path = checkpoint.newest(run)
+    assert checkpoint.state_of(path)["step"] == checkpoint.step_of(path)
+
+
+def test_a_hung_rank_ends_the_job_with_a_message(shared_recipe, tmp_path):
+    run = tmp_path / "run"
+    ranks = start_ranks(shared_recipe, run, "train.steps=100000", "train.timeout=20")
+    while checkpoint.newest(run) is None:
+        assert ranks[0].poll() is None, ranks[0].communicate()[1]
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGSTOP)
+    _, messages = ranks[0].communicate(timeout=120)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    assert "mmrdpm: error: rank 0:" in messages and "Traceback" not in messages
+
+
+def test_a_killed_rank_is_started_again_and_the_job_goes_on(shared_recipe, alone, tmp_path):
+    run = tmp_path / "run"
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    launch += ["--master-port", free_port(), "--monitor-interval", "0.2", "-m", "--"]
+    command = ["mmrdpm", "train", str(shared_recipe), "--run", str(run), "train.steps=20"]
+    job = subprocess.Popen(
+        [sys.executable, *launch, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while checkpoint.newest(run) is None:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, said
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_without_torchrun_everything_stays_as_it_is():
+    tensor = torch.ones(2)
+    assert distributed.sum_over_ranks(tensor) is tensor
+    assert distributed.shard_like(tensor, tensor) is tensor
+    assert distributed.anyone(True) and not distributed.anyone(False)
+    assert distributed.gather({"a": [torch.tensor(2.0), 1], 3: None}) == {"a": [2.0, 1], 3: None}

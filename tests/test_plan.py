@@ -1,0 +1,98 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from mmrdpm import recipe
+from mmrdpm.cli import main
+from mmrdpm.errors import UsageError
+from mmrdpm.plan import Tally, lines, make_plan
+from mmrdpm.train_model import ModelRecipe, Trainer
+
+MIDDLE = ["model.layers=4", "model.width=256", "model.heads=4", "model.kv_heads=2", "model.ffn=512"]
+
+
+def load(path, *overrides):
+    return recipe.load(ModelRecipe, path, overrides)
+
+
+def test_the_parameters_are_exact(tiny_recipe, tmp_path):
+    planned = make_plan(load(tiny_recipe), 1, "cpu")
+    real = Trainer(load(tiny_recipe), tmp_path).transformer
+    assert planned.parameters == sum(p.numel() for p in real.parameters())
+    assert planned.memory["weights"] == 4 * planned.parameters
+    assert planned.tokens_per_image == 3 * 4
+
+
+def test_the_peak_of_a_run_is_planned_within_15_percent(tiny_recipe, tmp_path):
+    """A model whose update takes several times what the program itself holds."""
+    mapping = yaml.safe_load(tiny_recipe.read_text())
+    mapping["data"] |= {"rows": 48, "seq_len": 256}
+    mapping["train"] |= {"steps": 2, "precision": "fp32"}
+    path = tmp_path / "middle.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    planned = make_plan(load(path, *MIDDLE), 1, "cpu")
+    assert planned.peak > 2 * planned.memory["program"]
+    command = [sys.executable, "-m", "mmrdpm", "train", str(path), "--run", str(tmp_path / "run")]
+    process = subprocess.Popen([*command, *MIDDLE], stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert planned.peak == pytest.approx(usage.ru_maxrss * 1024, rel=0.15)
+
+
+def test_the_tally_counts_one_product_and_what_lives_at_once():
+    with Tally() as tally:
+        a, b = torch.ones(10, 20), torch.ones(20, 30)
+        c = (a @ b).sum()
+        del a, b
+    assert tally.flops == 2 * 10 * 20 * 30
+    assert tally.peak >= 4 * (10 * 20 + 20 * 30 + 10 * 30)
+    assert tally.live == c.numel() * 4
+
+
+def test_parts_of_a_batch_and_recomputing_need_less(tiny_recipe):
+    size = ["data.rows=8", "data.seq_len=256", "model.layers=6"]
+    whole, parts, again, sharded = (
+        make_plan(load(tiny_recipe, *size, *more), gpus, "h100")
+        for gpus, more in (
+            (1, []),
+            (1, ["train.micro_batch_size=2"]),
+            (1, ["train.recompute=true"]),
+            (2, ["train.parallel=fsdp"]),
+        )
+    )
+    assert parts.memory["activations"] < whole.memory["activations"] / 2
+    assert again.memory["activations"] < whole.memory["activations"] / 2
+    assert parts.flops == pytest.approx(whole.flops, rel=0.01)
+    assert again.flops > 1.2 * whole.flops
+    assert sharded.memory["weights"] == whole.memory["weights"] / 2
+    assert "sharded" in next(lines(sharded))
+
+
+def test_what_does_not_fit_is_said_without_allocating_it(tiny_recipe, capsys):
+    huge = ["model.layers=40", "model.width=8192", "model.heads=64", "model.ffn=22016"]
+    status = main(["plan", str(tiny_recipe), "--kind", "h100", *huge])
+    said = capsys.readouterr().out
+    assert status == 1 and "WARNING: it does not fit" in said
+    assert main(["plan", str(tiny_recipe), "--kind", "a100"]) == 0
+    assert "hours" in capsys.readouterr().out
+
+
+def test_rows_that_cannot_be_shared_are_refused(tiny_recipe):
+    with pytest.raises(UsageError, match=r"data\.rows is 2, no multiple of 3"):
+        make_plan(load(tiny_recipe), 3, "h100")
+
+
+def test_doctor_looks_at_the_machine_and_at_a_recipe(tiny_recipe, capsys):
+    assert main(["doctor", str(tiny_recipe)]) == 0
+    said = capsys.readouterr().out
+    for name in ("torch", "precision", "memory", "disk", "attention", "data", "needs"):
+        assert f"  {name} " in said
+    if not torch.cuda.is_available():
+        assert "xformers: not here: it needs CUDA" in said
+    assert main(["doctor", str(tiny_recipe), "data.steps_per_image=9"]) == 1
+    assert "! recipe" in capsys.readouterr().out
