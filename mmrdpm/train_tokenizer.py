@@ -49,7 +49,7 @@ class ImageTokenizerTraining:
 
     steps: int = field(default=5000, metadata={"min": 3})
     codebook_share: float = field(default=0.04, metadata={"min": 0.0, "max": 0.5})
-    decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.9})
+    decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.5})
     autoencoder_from: str | None = None
     lr: float = field(default=1e-3, metadata={"min": 0.0})
     batch_size: int = field(default=64, metadata={"min": 2})
@@ -217,16 +217,16 @@ class TokenizerTrainer:
         return (state - latents).square().mean().item()
 
     def _train_decoder(self, generator: torch.Generator) -> float:
-        """Reconstruction from the codes, by the decoder alone."""
+        """Reconstruction from the codes, and from the clean latents, by the decoder alone."""
         chosen = self._draw(self.training.batch_size, generator)
         images, latents = self._images(chosen), self._latents(chosen)
         trajectory, codebook = self.tokenizer.trajectory, self.tokenizer.codebook
         noise = torch.randn((trajectory.num_noises, *latents.shape), generator=generator)
         _, states = encode(trajectory, codebook, latents, noise)
         with self._autocast():
-            output = self.autoencoder.decode(states[0])
+            output = self.autoencoder.decode(torch.cat([states[0], latents]))
         done = self.step - self.training.autoencoder_steps - self.training.codebook_steps
-        loss = reconstruction_loss(output, images)
+        loss = reconstruction_loss(output, torch.cat([images, images]))
         return self._update(loss, done / self.training.decoder_steps)
 
     def _autocast(self) -> torch.autocast:
