@@ -8,6 +8,7 @@ and uses groups only where it is seen to give every image of a group the very bi
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Sampler:
     def draw(self, group: Sequence[Request]) -> Tensor:
         """The states of a group's images, `[T + 1, G, *grid, C]`."""
         prompts = self._read(group)
-        generators = [torch.Generator().manual_seed(request.seed) for request in group]
+        generators = [_draws(request.seed) for request in group]
         start = self._start(group)
         states = [start]
         for timestep in range(self.tokenizer.num_timesteps, 0, -1):
@@ -119,7 +120,11 @@ class Sampler:
         if device != "cpu":
             return [group + group[-1:] * (size - len(group)) for group in full]
         bulk = [group for group in full if len(group) == size]
-        if bulk and not self.bits_are_the_same_alone([requests[i] for i in bulk[0]]):
+        of_length = {_padded_length(requests[group[0]]): group for group in bulk}
+        if not all(
+            self.bits_are_the_same_alone([requests[i] for i in group])
+            for group in of_length.values()
+        ):
             bulk = []
         done = {i for group in bulk for i in group}
         return bulk + [[i] for i in range(len(requests)) if i not in done]
@@ -179,6 +184,12 @@ class Sampler:
         cond, uncond = logits.chunk(2)
         scale = guidance_at(self.how, timestep, self.tokenizer.num_timesteps)
         return uncond + scale * (cond - uncond)
+
+
+def _draws(seed: int) -> torch.Generator:
+    """The generator of an image's draws, which must not repeat that of its start noise."""
+    hashed = hashlib.sha256(f"draws {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(hashed[:8]) >> 1)
 
 
 def _padded_length(request: Request) -> int:
