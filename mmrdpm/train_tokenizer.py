@@ -22,7 +22,7 @@ from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.pictures import to_tensor
-from mmrdpm.errors import RecipeError
+from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
 from mmrdpm.rdpm import image_tokenizer
@@ -56,7 +56,7 @@ class ImageTokenizerTraining:
     codebook_batch: int = field(default=512, metadata={"min": 1})
     latent_noise: float = field(default=0.2, metadata={"min": 0.0})
     precision: Precision = "auto"
-    seed: int = 0
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     threads: int = field(default=2, metadata={"min": 1})
 
     @property
@@ -101,12 +101,14 @@ def train_text(recipe: TextTokenizerRecipe, folder: Path) -> TextTokenizer:
     Raises:
         CheckpointError: the folder holds a run already.
     """
-    checkpoint.begin(folder, recipe, resume=False)
+    if (folder / checkpoint.RECIPE_FILE).exists():
+        raise CheckpointError(f"{folder}: holds a tokeniser already: name another folder")
     data = load_emoji(8)
     names = [data.names[i] for i in data.indices("train")]
     fit = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
     tokenizer = fit[recipe.model](names + load_glosses(), recipe.vocab_size)
     tokenizer.save(folder)
+    checkpoint.record(folder, recipe, {})
     return tokenizer
 
 
@@ -122,6 +124,7 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
     images = to_tensor(data.images[data.indices("train")])
     trainer = TokenizerTrainer(recipe.tokenizer, recipe.train, images)
     checkpoint.begin(run, recipe, resume)
+    checkpoint.record(run, recipe, {})
     if latest := checkpoint.newest(run):
         trainer.restore(latest)
     with Monitor(run, "image tokeniser", recipe.train.steps, trainer.step) as monitor:

@@ -48,10 +48,10 @@ class TransformerConfig:
     history: bool = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.heads % self.kv_heads:
+        if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
             raise RecipeError(
-                f"model: heads ({self.heads}) must divide width ({self.width}), and kv_heads"
-                f" ({self.kv_heads}) must divide heads"
+                f"model: heads ({self.heads}) must divide width ({self.width}) into even parts, and"
+                f" kv_heads ({self.kv_heads}) must divide heads"
             )
 
     @property

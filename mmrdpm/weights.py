@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(contiguous, partial, {_METADATA: json.dumps(metadata or {}, sort_keys=True)})
+        os.chmod(partial, 0o666 & ~_umask())  # the library writes for its owner alone
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -51,31 +53,49 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file at all.
     """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, _metadata_of(file)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone, see `load`."""
+    with _opened(path) as file:
+        return _metadata_of(file)
+
+
+def _metadata_of(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}); it is truncated or of another"
             " format (pickled weights are never loaded): get a good copy"
         ) from None
-    return tensors, metadata
 
 
-def metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone, see `load`."""
-    return load(path)[1]
+def _umask() -> int:
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    return mask
 
 
-def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
-    """Fills a module with the tensors of a file, cast to the module's dtypes; gives the metadata.
+def load_into(module: nn.Module, path: Path) -> None:
+    """Fills a module with the tensors of a file, cast to the module's dtypes.
+
     Raises:
-        CheckpointError: as `load`, or the names or shapes differ from the module's.
+        CheckpointError: as `load`, or the names or shapes differ from the module's, or a number
+            is not finite.
     """
-    tensors, metadata = load(path)
+    tensors, _ = load(path)
     expected = module.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         side = "is missing from" if name in expected else "has no place in the model but is in"
@@ -86,8 +106,18 @@ def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
                 f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs"
                 f" {list(tensor.shape)}: it is of another model"
             )
+    check_finite(tensors, path)
     fill(module, tensors)
-    return metadata
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError if weights of the file at `path` hold NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: tensor {name!r} holds numbers that are not finite: the training has"
+                " failed; go back to an earlier checkpoint and lower train.lr"
+            )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ _GROUP = {"cpu": 64, "cuda": 2048}  # image positions in a group, about, by devi
 _PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
 
 
+GuidanceSchedule = Literal["constant", "rising", "falling"]
+
+
 @dataclass(frozen=True)
 class Guided(Choice):
     """How codes are drawn.
@@ -41,10 +44,13 @@ class Guided(Choice):
     """
 
     guidance_scale: float = field(default=3.0, metadata={"min": 0.0})
-    guidance_schedule: Literal["constant", "rising", "falling"] = "constant"
+    guidance_schedule: GuidanceSchedule = "constant"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance_schedule not in get_args(GuidanceSchedule):
+            known = ", ".join(get_args(GuidanceSchedule))
+            raise UsageError(f"guidance schedule {self.guidance_schedule!r}: choose one of {known}")
         if not 0 <= self.guidance_scale < math.inf:
             raise UsageError(
                 f"guidance scale {self.guidance_scale}: it must be a number, 0 or more"
