@@ -7,7 +7,6 @@ means the same to any number of ranks and worker processes. Image i of a batch i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +100,7 @@ class Images(Protocol):
         """Goes to a saved place."""
 
     def figures(self) -> dict[str, float]:
-        """For the log."""
+        """For the log. All ranks must call it."""
 
     def describe(self) -> str:
         """One line about the size of things."""
@@ -169,13 +168,11 @@ class StreamedImages:
         self.stream = Mixture(sources, weights, seed, Cropper(plan, size))
         rank, ranks = distributed.rank(), distributed.world_size()
         self.rows = Lanes(self.stream, plan.rows(batch_size), (1,), rank, ranks)
-        self.skipped: Counter[str] = Counter()
 
     def images(self, count: int, generator: torch.Generator) -> Tensor:
         squares = []
         for _ in range(count // self.batch_size):
             rows, skipped = self.rows.next()
-            self.skipped.update(f"{s.source}: {s.record.cause}" for s in skipped)
             if self.skipped_log:
                 log_skipped(self.skipped_log, skipped)
             squares += [image.image for row in rows for draft in row for image in draft.images]
@@ -197,7 +194,10 @@ class StreamedImages:
         self.rows.restore(state)
 
     def figures(self) -> dict[str, float]:
-        return {"data/skipped": self.skipped.total()}
+        """Records left out since the run began, by all ranks, which must all call it."""
+        lanes = [state for state in self.rows.state()["lanes"].values() if state]
+        mine = sum(sum(state["broken"].values()) for state in lanes)
+        return {"data/skipped": sum(distributed.gather_objects(mine))}
 
     def describe(self) -> str:
         return self.stream.describe()

@@ -105,7 +105,7 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
     diffusers, source = _diffusers(), config.diffusers
     where = {"subfolder": config.subfolder or None}
     try:
-        found = diffusers.ConfigMixin.load_config(source, **where)
+        found = diffusers.AutoencoderKL.load_config(source, **where)
         details = _details(json.dumps(found, sort_keys=True), source)
         model, report = getattr(diffusers, details["_class_name"]).from_pretrained(
             source,
@@ -135,6 +135,8 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
 
 def _why(config: PublishedConfig, error: Exception) -> str:
     source, folder = config.diffusers, Path(config.diffusers) / config.subfolder
+    if source.startswith((".", "~", "/")) and not Path(source).is_dir():
+        return f"tokenizer.autoencoder.diffusers: {source}: no such folder: correct the path"
     if Path(source).is_dir():
         if not (folder / "config.json").is_file():
             return f"{folder}: holds no config.json: give the folder of one autoencoder"
