@@ -24,7 +24,7 @@ from mmrdpm.rdpm import image_tokenizer, published
 from mmrdpm.rdpm.autoencoder import Autoencoder
 from mmrdpm.rdpm.codebook import CodebookFit
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from mmrdpm.rdpm.published import PublishedConfig
+from mmrdpm.rdpm.published import PublishedAutoencoder, PublishedConfig
 from mmrdpm.rdpm.reconstruction import LossConfig, Reconstruction
 from mmrdpm.rdpm.trajectory import encode
 from mmrdpm.rdpm.usage import CollapseConfig
@@ -345,8 +345,9 @@ def make_tokenizer(
             )
         autoencoder, tensors = published.fetch(config.autoencoder)
         tokenizer = ImageTokenizer(replace(config, autoencoder=autoencoder))
-        model: torch.nn.Module = tokenizer.autoencoder.model  # type: ignore[assignment]
-        model.load_state_dict(tensors)
+        assert isinstance(tokenizer.autoencoder, PublishedAutoencoder)
+        tokenizer.autoencoder.model.load_state_dict(tensors)
+        tokenizer.autoencoder.check()
     else:
         tokenizer = ImageTokenizer(config)
     if training.autoencoder_from:

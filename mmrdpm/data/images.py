@@ -8,7 +8,7 @@ means the same to any number of ranks and worker processes. Image i of a batch i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,11 +22,12 @@ from mmrdpm.data.documents import Draft, ImageDraft
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.loader import check_unchanged, log_skipped, merge_states
 from mmrdpm.data.mixture import Mixture
-from mmrdpm.data.pictures import PictureError, picture_of, to_square, to_tensor
+from mmrdpm.data.pictures import PictureError, open_picture, picture_of, to_square, to_tensor
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import Broken, Interleaved, Pair, Picture, Record
+from mmrdpm.data.records import Broken, Interleaved, Pair, Picture, Record, Source
 from mmrdpm.data.rows import Lanes
 from mmrdpm.data.sources import SourceConfig, open_source
+from mmrdpm.data.sources.files import IMAGE_SUFFIXES, find
 from mmrdpm.errors import DataError, RecipeError
 
 _LANCZOS = Image.Resampling.LANCZOS
@@ -41,8 +42,9 @@ class ImagePlan:
     """The `data` section of an image tokeniser's recipe.
 
     Attributes:
-        sources: what is mixed, by name, as in a model's recipe; captions are not looked at. None
-            for the training pictures of the embedded emoji, which are padded to a square.
+        sources: what is mixed, by name, as in a model's recipe; captions are not looked at, and a
+            folder needs none. Without, the training pictures of the embedded emoji, padded to a
+            square.
         crop: pad shows the whole picture on a white square; centre takes the largest square in
             the middle; random takes a square anywhere, of `min_scale` to all of the shorter side.
         flip: whether half of the pictures are mirrored.
@@ -163,7 +165,7 @@ class StreamedImages:
         self, plan: ImagePlan, seed: int, size: int, batch_size: int, skipped_log: Path | None
     ) -> None:
         self.batch_size, self.skipped_log = batch_size, skipped_log
-        sources = {name: open_source(name, config) for name, config in plan.sources.items()}
+        sources = {name: _open(name, config) for name, config in plan.sources.items()}
         weights = {name: config.weight for name, config in plan.sources.items()}
         self.stream = Mixture(sources, weights, seed, Cropper(plan, size))
         rank, ranks = distributed.rank(), distributed.world_size()
@@ -231,16 +233,39 @@ class Cropper:
 
     def square(self, picture: Image.Image, random: np.random.Generator) -> np.ndarray:
         """uint8 `[size, size, 3]` of one RGB picture."""
-        size = (self.size, self.size)
         if self.plan.crop == "pad":
             square = to_square(picture, self.size)
         elif self.plan.crop == "centre":
-            square = np.asarray(ImageOps.fit(picture, size, _LANCZOS))
+            square = _centre(picture, self.size)
         else:
             box = _anywhere(picture.size, self.plan.min_scale, random)
-            square = np.asarray(picture.resize(size, _LANCZOS, box=box))
+            square = np.asarray(picture.resize((self.size, self.size), _LANCZOS, box=box))
         mirrored = self.plan.flip and random.random() < 0.5
         return np.ascontiguousarray(square[:, ::-1]) if mirrored else square
+
+
+def load_squares(folder: Path, size: int, count: int) -> np.ndarray:
+    """Up to `count` pictures of a folder and below, the same at every call, cropped to the middle.
+
+    Returns:
+        uint8 `[n, size, size, 3]`.
+
+    Raises:
+        DataError: no such folder, no pictures in it, or one of them is broken.
+    """
+    paths = find(str(folder), IMAGE_SUFFIXES)
+    chosen = sorted(np.random.default_rng(0).permutation(len(paths))[:count])
+    return np.stack([_centre(open_picture(paths[i]), size) for i in chosen])
+
+
+def _open(name: str, config: SourceConfig) -> Source:
+    if config.type == "folder" and not config.template:
+        config = replace(config, template="{label}", caption="")  # no captions are needed
+    return open_source(name, config)
+
+
+def _centre(picture: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(ImageOps.fit(picture, (size, size), _LANCZOS))
 
 
 def _anywhere(

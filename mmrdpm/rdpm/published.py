@@ -80,6 +80,27 @@ class PublishedAutoencoder(nn.Module):
         self.normalise = LatentNorm(config.latent_channels)
         self.requires_grad_(False)
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raises RecipeError unless pictures become latents of its shape, and pictures again."""
+        config, cells, source = self.config, 2, self.config.diffusers
+        images = torch.zeros(1, 3, cells * config.factor, cells * config.factor)
+        try:
+            latents = self.raw_latents(images)
+            output = self.decode(latents.permute(0, 2, 3, 1))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise RecipeError(
+                f"{source}: does not work on RGB pictures ({' '.join(str(error).split())[:160]}):"
+                " its config.json does not make sense"
+            ) from None
+        wanted = (1, config.latent_channels, cells, cells)
+        if latents.shape != wanted or output.shape != images.shape:
+            raise RecipeError(
+                f"{source}: makes latents {list(latents.shape)} and pictures {list(output.shape)}"
+                f" of pictures {list(images.shape)}, not {list(wanted)} and as they were: its"
+                " config.json does not make sense"
+            )
+
     def raw_latents(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> latents `[B, C, h, w]`, not yet normalised."""
         encoded = self.model.encode(images)
