@@ -110,7 +110,7 @@ def full_recipe(pictures, backbone):
         "statistics_images": 16,
         "loss": loss,
     }
-    made = make_recipe(pictures, OWN, train, checkpoint={"every": 1, "keep": 100, "log_every": 1})
+    made = make_recipe(pictures, OWN, train, checkpoint={"every": 4, "keep": 100, "log_every": 1})
     mapping = recipe.to_dict(made)
     mapping["data"] |= {"crop": "random", "flip": True}
     return recipe.from_dict(ImageTokenizerRecipe, mapping, "test")
@@ -136,7 +136,7 @@ def cut(run, copy, step):
     (copy / "tokenizer.safetensors").unlink()
 
 
-@pytest.mark.parametrize("step", [2, 8, 14])  # phases change after 8 and 14
+@pytest.mark.parametrize("step", [4, 8, 12, 16])  # phases change after 8 and 14
 def test_a_stopped_run_goes_on_as_if_it_had_not(finished, full_recipe, tmp_path, step):
     copy = tmp_path / "copy"
     cut(finished, copy, step)
@@ -457,7 +457,9 @@ def test_normalised_latents_find_back():
     norm.set(torch.tensor([3.0, -1.0]), torch.tensor([4.0, 0.25]))
     norm.eval()
     latents = torch.tensor([5.0, -1.5]).view(1, 2, 1, 1)
-    torch.testing.assert_close(norm(latents).flatten(), torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(
+        norm(latents).flatten(), torch.tensor([1.0, -1.0]), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(norm.undo(norm(latents)), latents)
 
 
