@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmrdpm import checkpoint, distributed, machine, shipped, weights
 from mmrdpm.data.images import Images
-from mmrdpm.errors import CheckpointError, RecipeError
+from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
 from mmrdpm.machine import Precision
 from mmrdpm.optim import Average
 from mmrdpm.rdpm import image_tokenizer, published
@@ -191,7 +191,11 @@ class TokenizerTrainer:
             self.average.restore(state["average"])
 
     def run(self) -> Iterator[tuple[str, dict[str, float]]]:
-        """Makes the remaining updates; yields the phase and the losses of each, of all ranks."""
+        """Makes the remaining updates; yields the phase and the losses of each, of all ranks.
+
+        Raises:
+            TrainingError: a loss is no number.
+        """
         phases, plan = self.phases, self.training
         while self.step < plan.steps:
             generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
@@ -204,6 +208,11 @@ class TokenizerTrainer:
             else:
                 phase, losses = "decoder", self._train_decoder(generator)
             self.step += 1
+            if not all(map(math.isfinite, losses.values())):
+                raise TrainingError(
+                    f"step {self.step}: the loss of the {phase} is no number ({losses}): lower"
+                    " train.lr or train.loss.adversarial, and go on from the last checkpoint"
+                )
             if self.step == plan.steps and phase == "decoder":
                 self._take_average()
             yield phase, losses
@@ -342,6 +351,11 @@ def make_tokenizer(
             raise RecipeError(
                 f"train.decoder_share is {training.decoder_share}, but a published autoencoder"
                 " stays as it is: set it to 0"
+            )
+        if training.ema or training.loss != LossConfig():
+            raise RecipeError(
+                "train.ema and train.loss are for an autoencoder that learns, and a published one"
+                " stays as it is: leave them out"
             )
         autoencoder, tensors = published.fetch(config.autoencoder)
         tokenizer = ImageTokenizer(replace(config, autoencoder=autoencoder))
