@@ -5,18 +5,22 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 
 .PHONY: setup quickstart test
 
-setup: .venv/stamp
+setup: .venv/core
 
-.venv/stamp: pyproject.toml
+.venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q '$(TORCH)'
+	.venv/bin/pip install -q -e .
+	touch $@
+
+.venv/dev: .venv/core
 	.venv/bin/pip install -q -e '.[dev]'
 	touch $@
 
 quickstart: setup
 	.venv/bin/mmrdpm quickstart
 
-test: setup
+test: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
