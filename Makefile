@@ -1,6 +1,6 @@
 # Two commands for a fresh machine: `make quickstart` draws and trains, `make test` tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# A CPU build where there is no NVIDIA driver.
+# Where there is no NVIDIA driver: its CPU build, if the package index offers one.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 
 .PHONY: setup quickstart test
