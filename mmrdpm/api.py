@@ -60,7 +60,7 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     texts = text_tokenizer.load(folder / TEXT_TOKENIZER)
     vocabulary = Vocabulary(texts.size, images.codebook_size)
     transformer = build(config, vocabulary, images)
-    _check_vocabulary(path, vocabulary)
+    check_vocabulary(path, vocabulary)
     weights.load_into(transformer, path)
     transformer.eval().requires_grad_(False)
     return Model(transformer, images, texts, sampling, context).to(machine.device())
@@ -71,7 +71,8 @@ def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokeni
     return Transformer(config, vocabulary.size, images.latent_channels, images.num_timesteps)
 
 
-def _check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    """Raises CheckpointError unless weights were trained with a vocabulary of these sizes."""
     saved = weights.metadata(path).get("vocabulary")
     if saved is not None:
         vocabulary.check_same(recipe.from_dict(Vocabulary, saved, str(path)), str(path))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmrdpm import recipe, shipped, weights
+from mmrdpm import hub, recipe, weights
 from mmrdpm.errors import CheckpointError
 
 RECIPE_FILE = "recipe.yaml"
@@ -74,24 +74,29 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
         )
 
 
-def adopt(run: Path, place: str, tokenizer: str) -> Path:
+def adopt(run: Path, place: str, tokenizer: str, files: Sequence[str] = ()) -> Path:
     """The run's own copy of a tokeniser, made when the run begins.
 
     Args:
         place: where it lies in the run's folder.
-        tokenizer: name of a shipped one, or its folder.
+        tokenizer: name of a shipped one, its folder, or a hub id.
+        files: those to take; none takes the whole folder.
 
     Raises:
-        CheckpointError: it is no folder.
+        CheckpointError: it is no folder, or the hub cannot be reached.
     """
     own = run / place
     if not own.is_dir():
-        source = shipped.resolve("tokenizers", tokenizer)
+        source = hub.resolve("tokenizers", tokenizer, files)
         if not source.is_dir():
             raise CheckpointError(f"{source}: a tokeniser is a folder, not a file")
         partial = own.with_name(own.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
+        partial.mkdir(parents=True)
+        for path in source.iterdir():
+            if path.name in files or not files:
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, partial / path.name)
         partial.rename(own)
     return own
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmrdpm import checkpoint, distributed, machine, text_tokenizer, weights
+from mmrdpm import checkpoint, distributed, machine, pretrained, text_tokenizer, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, Model, build
 from mmrdpm.attention import backend
 from mmrdpm.attention.backend import Name
@@ -40,7 +40,7 @@ from mmrdpm.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Names of shipped tokenizers, or folders."""
+    """Names of shipped tokenizers, or folders; for texts also hub ids."""
 
     image: str = "emoji-rdpm-32"
     text: str = "emoji-bpe-4k"
@@ -142,7 +142,8 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     """
     machine.prepare(recipe.train.threads)
     with distributed.joined(recipe.train.timeout):
-        distributed.first(lambda: _open(recipe, run, resume))
+        distributed.first(lambda: _open(pretrained.complete(recipe, run), run, resume))
+        recipe = pretrained.complete(recipe, run)
         return _loop(recipe, run, Trainer(recipe, run))
 
 
@@ -151,7 +152,7 @@ def _open(recipe: ModelRecipe, run: Path, resume: bool) -> None:
     resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
     checkpoint.begin(run, recipe, resume, MACHINE_KEYS)
     checkpoint.adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image)
-    checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text)
+    checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text, text_tokenizer.FILES)
 
 
 def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
@@ -201,7 +202,7 @@ class Trainer:
             checkpoint.adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image)
         )
         self.texts = text_tokenizer.load(
-            checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text)
+            checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text, text_tokenizer.FILES)
         )
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
         self.device = machine.device()
@@ -219,6 +220,9 @@ class Trainer:
             self.device,
             self.dtype,
         )
+        self.origin = ""
+        if (name := recipe.model.init_from) and checkpoint.newest(run) is None:
+            self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)
         if plan.compile and self.device.type == "cuda":
             self.transformer.compile_layers()
         self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype)
@@ -256,6 +260,7 @@ class Trainer:
             f" {self.device.type} {str(self.dtype).removeprefix('torch.')},"
             f" attention {self.attention}"
             + (f", {ranks} ranks ({self.parallel.mode})" if ranks > 1 else "")
+            + (f", {self.origin}" if self.origin else "")
         )
 
     def update(self) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +52,45 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file at all.
     """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, _metadata(file)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone, see `load`."""
+    with _opened(path) as file:
+        return _metadata(file)
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, which are not read, see `load`."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def tensor(path: Path, name: str) -> Tensor:
+    """One tensor alone, see `load`."""
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}); it is truncated or of another"
             " format (pickled weights are never loaded): get a good copy"
         ) from None
-    return tensors, metadata
 
 
-def metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone, see `load`."""
-    return load(path)[1]
+def _metadata(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get(_METADATA, "{}"))
 
 
 def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
