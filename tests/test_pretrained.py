@@ -385,6 +385,23 @@ def test_only_the_way_in_for_images_is_drawn_anew(tiny_run, tiny_recipe, tmp_pat
     assert torch.equal(trainer.transformer.table.weight, old["table.weight"])
 
 
+def test_an_earlier_run_goes_on_with_larger_pictures(
+    tiny_run, tiny_recipe, tiny_tokenizers, tmp_path, capsys
+):
+    """The same tokeniser on twice the side: 4x4 positions instead of 2x2."""
+    larger = shutil.copytree(tiny_tokenizers / "image", tmp_path / "larger")
+    spec = larger / "tokenizer.yaml"
+    spec.write_text(spec.read_text().replace("image_size: 16", "image_size: 32"))
+    path, run = recipe_from(tiny_run, tiny_recipe, tmp_path), tmp_path / "run"
+    command = ["train", str(path), f"tokenizers.image={larger}", "--run", str(run)]
+    assert main(command) == 0
+    assert "drawn anew" not in capsys.readouterr().err
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss/text"]
+    before = (tiny_run / "metrics.jsonl").read_text().splitlines()
+    assert first < json.loads(before[0])["loss/text"]  # what was learned is there
+    assert mmrdpm.load(run).generate(["red heart"])[0].size == (32, 32)
+
+
 def test_an_earlier_run_with_another_vocabulary_is_refused(
     tiny_run, tiny_recipe, tiny_tokenizers, tmp_path
 ):
