@@ -92,7 +92,7 @@ class LanguageModel:
         _check_architecture(raw, path)
         kept = {f.name: raw[f.name] for f in fields(Qwen3Config) if f.name in raw}
         self.shape = recipe.from_dict(Qwen3Config, kept, str(path))
-        self.config = _transformer_config(self.shape, _rope_base(raw))
+        self.config = _transformer_config(self.shape, _rope_base(raw, path))
         self._ends = [_first(raw.get(f"{name}_token_id")) for name in ("bos", "eos", "pad")]
         self._files: dict[str, Path] = {}
 
@@ -123,7 +123,7 @@ class LanguageModel:
                     f"{path}: tensor {name!r} has shape {list(found)}, by {CONFIG_FILE} it should"
                     f" have {list(shape)}: they belong to different models"
                 )
-        for name in files.keys() - expected.keys() - unused:
+        for name in sorted(files.keys() - expected.keys() - unused):
             raise CheckpointError(
                 f"{files[name][0]}: tensor {name!r} has no place in a Qwen3 model: it is of"
                 " another architecture"
@@ -246,13 +246,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_architecture(raw: dict[str, Any], path: Path) -> None:
     """Refuses what would be computed otherwise than by us."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = _rope(raw, path)
     found = {
         "model_type": raw.get("model_type"),
         "hidden_act": raw.get("hidden_act", "silu"),
         "attention_bias": raw.get("attention_bias", False),
         "use_sliding_window": raw.get("use_sliding_window", False),
         "rope_type": rope.get("rope_type", rope.get("type", "default")),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
     }
     taken = {
         "model_type": "qwen3",
@@ -260,6 +261,7 @@ def _check_architecture(raw: dict[str, Any], path: Path) -> None:
         "attention_bias": False,
         "use_sliding_window": False,
         "rope_type": "default",
+        "partial_rotary_factor": 1.0,
     }
     for key, value in taken.items():
         if found[key] != value:
@@ -269,10 +271,22 @@ def _check_architecture(raw: dict[str, Any], path: Path) -> None:
             )
 
 
-def _rope_base(raw: dict[str, Any]) -> float:
-    """Written at the top by older versions of transformers; their default where it is nowhere."""
-    rope = raw.get("rope_parameters") or {}
-    return float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What is said about RoPE, under the name of newer or older versions of transformers."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters is no mapping of keys: get a good copy")
+    return rope
+
+
+def _rope_base(raw: dict[str, Any], path: Path) -> float:
+    """Beside the other keys in older versions; their default where it is nowhere."""
+    base = _rope(raw, path).get("rope_theta", raw.get("rope_theta", 10_000.0))
+    if not (isinstance(base, (int, float)) and base >= 1):
+        raise CheckpointError(
+            f"{path}: rope_theta is {base!r}, not a number from 1: get a good copy"
+        )
+    return float(base)
 
 
 def _first(ids: Any) -> int | None:

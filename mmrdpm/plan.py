@@ -27,7 +27,7 @@ from mmrdpm.attention import sdpa
 from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed
 from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
-from mmrdpm.errors import UsageError
+from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.optim import Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import ModelRecipe
@@ -223,7 +223,12 @@ def _image_spec(name: str) -> ImageTokenizerConfig:
         path = shipped.resolve("recipes", name)
         section = recipe.read(path).get("tokenizer") or {}
         return recipe.from_dict(ImageTokenizerConfig, section, f"{path}: tokenizer")
-    folder = shipped.resolve("tokenizers", name)
+    try:
+        folder = shipped.resolve("tokenizers", name)
+    except MmrdpmError as error:
+        raise UsageError(
+            f"{error}; before it is trained, plan with its recipe: tokenizers.image=RECIPE.yaml"
+        ) from None
     return recipe.load(ImageTokenizerConfig, folder / SPEC_FILE)
 
 

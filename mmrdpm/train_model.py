@@ -143,7 +143,6 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     machine.prepare(recipe.train.threads)
     with distributed.joined(recipe.train.timeout):
         distributed.first(lambda: _open(pretrained.complete(recipe, run), run, resume))
-        recipe = pretrained.complete(recipe, run)
         return _loop(recipe, run, Trainer(recipe, run))
 
 
@@ -191,8 +190,8 @@ class Trainer:
     """The state of a run: weights, optimisers, place in the data and the number of updates."""
 
     def __init__(self, recipe: ModelRecipe, run: Path) -> None:
-        plan = recipe.train
-        self.recipe, self.step = recipe, 0
+        recipe = pretrained.complete(recipe, run)
+        self.recipe, self.step, plan = recipe, 0, recipe.train
         if recipe.data.rows % distributed.world_size():
             raise RecipeError(
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"

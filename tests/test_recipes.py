@@ -146,6 +146,12 @@ def test_a_large_recipe_runs_dry(path, offline, tmp_path):
     assert plan.fits and 0 < plan.hours < promised(path)[1]
 
 
+def test_a_plan_without_the_tokenizer_says_what_to_give():
+    with pytest.raises(MmrdpmError, match=r"no-such-one: no such path.*tokenizers\.image=RECIPE"):
+        path = shipped.resolve("recipes", "imagenet256_b")
+        make_plan(recipe.load(ModelRecipe, path, ["tokenizers.image=no-such-one"]), 8, "h100")
+
+
 @pytest.mark.parametrize(
     "path",
     [p if p.stem == "imagenet256_xl" else pytest.param(p, marks=pytest.mark.slow) for p in LARGE],
