@@ -9,15 +9,18 @@ A model is a folder, a run's own or a shipped one:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mmrdpm import checkpoint, machine, recipe, shipped, text_tokenizer, weights
+from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.pictures import to_pictures, to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, length, pack
 from mmrdpm.errors import CheckpointError, UsageError
@@ -53,14 +56,15 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     mapping = recipe.read(spec)
     config = recipe.from_dict(TransformerConfig, mapping.get("model") or {}, f"{spec}: model")
     sampling = recipe.from_dict(Guided, mapping.get("sampling") or {}, f"{spec}: sampling")
-    context = (mapping.get("data") or {}).get("seq_len")
+    data = mapping.get("data")
+    context = data.get("seq_len") if isinstance(data, dict) else None
     if not isinstance(context, int):
         raise CheckpointError(f"{spec}: data.seq_len must be an integer: the recipe is damaged")
     images = image_tokenizer.load(folder / IMAGE_TOKENIZER)
     texts = text_tokenizer.load(folder / TEXT_TOKENIZER)
     vocabulary = Vocabulary(texts.size, images.codebook_size)
     transformer = build(config, vocabulary, images)
-    check_vocabulary(path, vocabulary)
+    check_identity(path, images, texts)
     weights.load_into(transformer, path)
     transformer.eval().requires_grad_(False)
     return Model(transformer, images, texts, sampling, context).to(machine.device())
@@ -71,11 +75,35 @@ def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokeni
     return Transformer(config, vocabulary.size, images.latent_channels, images.num_timesteps)
 
 
+def identity(images: ImageTokenizer, texts: TextTokenizer) -> dict[str, Any]:
+    """What weights say in their file's header about the tokenizers that they belong to."""
+    codes = hashlib.sha256(fingerprint(images).encode())
+    for _, tensor in sorted(images.codebook.state_dict().items()):
+        codes.update(tensor.cpu().contiguous().numpy().tobytes())
+    return {
+        "vocabulary": Vocabulary(texts.size, images.codebook_size).to_dict(),
+        "tokenizers": {"image": codes.hexdigest(), "text": texts.fingerprint()},
+    }
+
+
 def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     """Raises CheckpointError unless weights were trained with a vocabulary of these sizes."""
     saved = weights.metadata(path).get("vocabulary")
     if saved is not None:
         vocabulary.check_same(recipe.from_dict(Vocabulary, saved, str(path)), str(path))
+
+
+def check_identity(path: Path, images: ImageTokenizer, texts: TextTokenizer) -> None:
+    """Raises CheckpointError unless the weights at `path` belong to the tokenizers."""
+    check_vocabulary(path, Vocabulary(texts.size, images.codebook_size))
+    saved, here = weights.metadata(path), identity(images, texts)
+    for kind, known in saved.get("tokenizers", {}).items():
+        if here["tokenizers"].get(kind) != known:
+            raise CheckpointError(
+                f"{path}: the weights were trained with another {kind} tokeniser (SHA-256"
+                f" {known[:12]}) than the one here ({here['tokenizers'].get(kind, 'none')[:12]}):"
+                " put theirs back"
+            )
 
 
 @dataclass
@@ -84,8 +112,7 @@ class Model:
 
     Every picture and text depends on its own input and seed alone, to the last bit, whatever else
     is in the batch. Pictures are drawn in groups, see `sampling.image`; captions are written one by
-    one: they end at different times, and one token at a time already runs near the speed at which
-    the weights can be read.
+    one, as they end at different times.
 
     Attributes:
         sampling: what `generate` uses where it is not told otherwise.
@@ -122,6 +149,8 @@ class Model:
         """
         if isinstance(prompts, str):
             raise UsageError("generate takes a list of prompts: put the text in [brackets]")
+        if n < 1:
+            raise UsageError(f"n is {n}: draw at least 1 picture per prompt")
         if not prompts:
             return []
         drawn = [(prompt, seed + j) for prompt in prompts for j in range(n)]
@@ -134,12 +163,13 @@ class Model:
 
     def reconstruct(self, images: Sequence[Image.Image], seed: int = 0) -> list[Image.Image]:
         """What the image tokeniser leaves of pictures: through their codes and back."""
-        latents = torch.stack([self._states_of(image, seed)[1][0] for image in images])
-        return to_pictures(self.images.decode_latents(latents))
+        latents = [self._states_of(image, seed)[1][0] for image in _pictures(images)]
+        return to_pictures(self.images.decode_latents(torch.stack(latents))) if latents else []
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
         """The likeliest text for each picture, token by token, of at most 48 tokens."""
-        return [self._continue(self._looked_at(image), _LONGEST_CAPTION) for image in images]
+        documents = [self._looked_at(image) for image in _pictures(images)]
+        return [self._continue(document, _LONGEST_CAPTION).strip() for document in documents]
 
     def complete(
         self, text: str, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0
@@ -155,7 +185,7 @@ class Model:
         if len(ids) >= self.context:
             raise UsageError(_too_long("the text", len(ids), self.context - 1))
         return text + self._continue(
-            [TextSegment(ids)], max_tokens, Choice(temperature), _seed(seed)
+            [TextSegment(ids)], max_tokens, Choice(temperature), check_seed(seed)
         )
 
     def score(self, image: Image.Image, text: str) -> float:
@@ -175,7 +205,7 @@ class Model:
             guided = replace(self.sampling, **how)  # type: ignore[arg-type]
         except TypeError as error:
             raise UsageError(f"generate: {error}") from None
-        requests = [Request(self._prompt(prompt), _seed(seed)) for prompt, seed in drawn]
+        requests = [Request(self._prompt(prompt), check_seed(seed)) for prompt, seed in drawn]
         return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
 
     def _continue(
@@ -226,10 +256,21 @@ class Model:
         return self.transformer.table.weight.device
 
 
-def _seed(seed: int) -> int:
-    if not 0 <= seed <= _MAX_SEED:
-        raise UsageError(f"seed {seed}: it must be between 0 and {_MAX_SEED}")
+def check_seed(seed: int) -> int:
+    """The seed itself.
+
+    Raises:
+        UsageError: it is no whole number, or out of range.
+    """
+    if not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
+        raise UsageError(f"seed {seed}: it must be a whole number between 0 and {_MAX_SEED}")
     return seed
+
+
+def _pictures(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
+    if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
+        raise UsageError("give a list of pictures: [PIL.Image.open(path), ...]")
+    return images
 
 
 def _too_long(what: str, size: int, room: int) -> str:

@@ -4,8 +4,8 @@
     DIR/step-0000500.safetensors     weights, the newest last by name
     DIR/resume/step-0000500.safetensors   optimiser, data position, random seeds: a tree of tensors
 
-The state is written before the weights: weights without a state do not exist after a crash, and a
-checkpoint counts only when both are there.
+The state is written before the weights and removed after them, so that weights without a state do
+not exist, whenever the process is killed: the newest weights are the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class CheckpointPolicy:
 
 
 def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) -> None:
-    """Opens a run folder: makes it and writes the recipe, or checks that the recipe is the same.
+    """Looks whether a run may begin in a folder, which is made, or go on in it.
+
+    Nothing is written yet: what is wrong with the recipe's parts should not leave half a run.
 
     Args:
         free: dotted keys that may differ when a run goes on, as they say how the machine is used
@@ -56,12 +58,11 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
     """
     path = run / RECIPE_FILE
     if not resume:
-        if path.exists():
+        if path.exists() or newest(run):
             raise CheckpointError(
                 f"{run}: holds a run already: go on with --resume, or name another folder"
             )
         run.mkdir(parents=True, exist_ok=True)
-        recipe.dump(resolved, path)
         return
     if not path.exists():
         raise CheckpointError(f"{run}: no run to resume: leave --resume out to begin one")
@@ -74,31 +75,55 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
         )
 
 
-def adopt(run: Path, place: str, tokenizer: str, files: Sequence[str] = ()) -> Path:
-    """The run's own copy of a tokeniser, made when the run begins.
+def record(
+    run: Path,
+    resolved: Any,
+    tokenizers: Mapping[str, Path],
+    files: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Makes a run begin: copies its tokenizers, then writes its recipe, which is what says so.
 
     Args:
-        place: where it lies in the run's folder.
-        tokenizer: name of a shipped one, its folder, or a hub id.
-        files: those to take; none takes the whole folder.
+        tokenizers: places in the run's folder, and the folders that are copied there.
+        files: by place, those that are copied where it is not the whole folder.
+
+    Raises:
+        CheckpointError: something could not be written.
+    """
+    path = run / RECIPE_FILE
+    if path.exists():
+        return
+    try:
+        for place, source in tokenizers.items():
+            shutil.rmtree(run / place, ignore_errors=True)  # what a killed start has left
+            only = (files or {}).get(place)
+            shutil.copytree(source, run / place, ignore=_all_but(only) if only else None)
+        partial = path.with_name(path.name + ".partial")
+        recipe.dump(resolved, partial)
+        partial.replace(path)
+    except (OSError, shutil.Error) as error:
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise CheckpointError(f"{run}: the run could not begin: {reason}: make room") from None
+
+
+def _all_but(kept: Sequence[str]) -> Callable[[Any, list[str]], list[str]]:
+    return lambda _, names: [name for name in names if name not in kept]
+
+
+def tokenizer(run: Path, place: str, name: str, files: Sequence[str] = ()) -> Path:
+    """The folder of a tokeniser: the run's own copy once it has begun, else the one of that name.
+
+    Args:
+        files: those to fetch where the name is a hub id.
 
     Raises:
         CheckpointError: it is no folder, or the hub cannot be reached.
     """
-    own = run / place
-    if not own.is_dir():
-        source = hub.resolve("tokenizers", tokenizer, files)
-        if not source.is_dir():
-            raise CheckpointError(f"{source}: a tokeniser is a folder, not a file")
-        partial = own.with_name(own.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for path in source.iterdir():
-            if path.name in files or not files:
-                copy = shutil.copytree if path.is_dir() else shutil.copy2
-                copy(path, partial / path.name)
-        partial.rename(own)
-    return own
+    own = (run / RECIPE_FILE).exists() and (run / place).is_dir()
+    source = run / place if own else hub.resolve("tokenizers", name, files)
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: a tokeniser is a folder, not a file")
+    return source
 
 
 def save(run: Path, step: int, parameters: Mapping[str, Tensor], about: Any, state: Any) -> Path:
@@ -108,6 +133,7 @@ def save(run: Path, step: int, parameters: Mapping[str, Tensor], about: Any, sta
         CheckpointError: it could not be written; earlier ones are untouched.
     """
     path = run / f"step-{step:07d}.safetensors"
+    weights.check_finite(parameters, path)
     save_tree(state, run / _RESUME / path.name)
     weights.save(parameters, path, about)
     return path

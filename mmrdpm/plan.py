@@ -37,6 +37,7 @@ from mmrdpm.vocabulary import Vocabulary
 Kind = Literal["cpu", "h100", "h200", "a100"]
 
 _PART = 512  # positions scored at once, as in `objective`
+_PROMPT = 12  # tokens of a drawing beside its image, about
 _PER_NODE = 8  # GPUs that hybrid sharding shards over
 _REACHED = 0.6  # of a GPU's data sheet, in practice: an assumption, not yet measured here
 _CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take, likewise
@@ -253,7 +254,8 @@ def _one_pass(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(loaded.model, vocabulary, images)
         model.recompute = loaded.train.recompute
-        model.plan = sdpa.plan if kind == "cpu" else _exact_attention
+        on_cpu = _documents(loaded, rows, images)
+        model.plan = (lambda _: on_cpu) if kind == "cpu" else _exact_attention
         packed = _blank(rows, loaded.data.seq_len, images)
         with tally, machine.autocast(dtype, torch.device("cpu")):
             hidden = model(packed).flatten(0, 1)
@@ -267,6 +269,16 @@ def _one_pass(
 
 def _score(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(model.logits(hidden).float(), targets, reduction="none")
+
+
+def _documents(loaded: ModelRecipe, rows: int, images: ImageTokenizer) -> Callable[..., Tensor]:
+    """Attention as the CPU computes it, in rows that are full of drawings, the longest documents
+    of the embedded mixture."""
+    plan = loaded.data
+    length = min(plan.seq_len, plan.steps_per_image * _positions(images) + _PROMPT)
+    whole, rest = divmod(plan.seq_len, length)
+    lengths = [length] * whole + [rest] * (rest > 0)
+    return sdpa.by_document([torch.zeros(1, 1, n, n) for _ in range(rows) for n in lengths])
 
 
 def _blank(rows: int, seq_len: int, images: ImageTokenizer) -> Packed:

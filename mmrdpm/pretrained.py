@@ -118,8 +118,8 @@ def begin(transformer: Transformer, name: str, vocabulary: Vocabulary, texts: Te
     Parameters that it has no weights for keep their values. All ranks must call it.
 
     Raises:
-        CheckpointError: they are missing or damaged, do not fit the transformer, or were trained
-            with another vocabulary.
+        CheckpointError: they are missing, damaged or not finite, do not fit the transformer, or
+            were trained with another vocabulary.
     """
     folder = hub.resolve("models", name, (*_SPECS, "*.safetensors", *_text_files()))
     origin = _open(folder)
@@ -136,6 +136,7 @@ def begin(transformer: Transformer, name: str, vocabulary: Vocabulary, texts: Te
         if whole is None:
             anew.append(own)
         else:
+            weights.check_finite({own: whole}, origin.folder)
             parameter.copy_(shard_like(whole, parameter))
     return f"weights of {name}" + (f", drawn anew: {', '.join(anew)}" if anew else "")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,18 @@ import yaml
 from mmrdpm.errors import RecipeError
 
 T = TypeVar("T")
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML's safe loader, to which a key that comes twice in one mapping is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                line = node.value[place][0].start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key!r} comes twice, again in line {line}")
+        return super().construct_mapping(node, deep)
 
 
 def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
@@ -39,7 +52,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        mapping = yaml.load(path.read_text(encoding="utf-8"), _Strict)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -157,6 +170,8 @@ def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
 
 
 def _check_range(value: Any, bounds: Mapping[str, Any], where: str, key: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where}: {key} is {value}: it must be a finite number")
     if isinstance(value, (int, float)) and not (
         bounds.get("min", value) <= value <= bounds.get("max", value)
     ):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmrdpm import checkpoint, distributed, machine, pretrained, text_tokenizer, weights
+from mmrdpm import api, checkpoint, distributed, machine, pretrained, text_tokenizer, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, Model, build
 from mmrdpm.attention import backend
 from mmrdpm.attention.backend import Name
@@ -84,7 +84,7 @@ class Training:
     guard: GuardConfig = field(default_factory=GuardConfig)
     precision: Precision = "auto"
     attention: Name = "auto"
-    seed: int = field(default=0, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**63 - 1})
     threads: int = field(default=2, metadata={"min": 1})
     parallel: Wanted = "auto"
     micro_batch_size: int = field(default=0, metadata={"min": 0})
@@ -142,16 +142,15 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     """
     machine.prepare(recipe.train.threads)
     with distributed.joined(recipe.train.timeout):
-        distributed.first(lambda: _open(pretrained.complete(recipe, run), run, resume))
-        return _loop(recipe, run, Trainer(recipe, run))
-
-
-def _open(recipe: ModelRecipe, run: Path, resume: bool) -> None:
-    """Makes the run folder complete, or checks it."""
-    resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
-    checkpoint.begin(run, recipe, resume, MACHINE_KEYS)
-    checkpoint.adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image)
-    checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text, text_tokenizer.FILES)
+        resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
+        complete, files = pretrained.complete, {TEXT_TOKENIZER: text_tokenizer.FILES}
+        distributed.first(
+            lambda: checkpoint.begin(run, complete(recipe, run), resume, MACHINE_KEYS)
+        )
+        trainer = Trainer(recipe, run)
+        whole = trainer.recipe
+        distributed.first(lambda: checkpoint.record(run, whole, trainer.tokenizers, files))
+        return _loop(whole, run, trainer)
 
 
 def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
@@ -175,7 +174,8 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
             monitor.advance(step)
             if last or step % policy.log_every == 0:
                 monitor.record(step, *trainer.figures())
-            if last or step % policy.every == 0 or stopping:
+            good = not trainer.guard.bad_in_a_row  # else the last checkpoint is the better one
+            if last or stopping or (good and step % policy.every == 0):
                 dog.doing(f"saving step {step}")
                 trainer.save(run)
             if last or step % recipe.samples.every == 0:
@@ -197,12 +197,14 @@ class Trainer:
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
                 " change one of them"
             )
-        self.images = image_tokenizer.load(
-            checkpoint.adopt(run, IMAGE_TOKENIZER, recipe.tokenizers.image)
-        )
-        self.texts = text_tokenizer.load(
-            checkpoint.adopt(run, TEXT_TOKENIZER, recipe.tokenizers.text, text_tokenizer.FILES)
-        )
+        self.tokenizers = {
+            IMAGE_TOKENIZER: checkpoint.tokenizer(run, IMAGE_TOKENIZER, recipe.tokenizers.image),
+            TEXT_TOKENIZER: checkpoint.tokenizer(
+                run, TEXT_TOKENIZER, recipe.tokenizers.text, text_tokenizer.FILES
+            ),
+        }
+        self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER])
+        self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
         self.device = machine.device()
         self.dtype = machine.matrix_dtype(plan.precision, self.device)
@@ -298,7 +300,7 @@ class Trainer:
         step, policy = self.step, self.recipe.checkpoint
         raw = distributed.gather(dict(self.transformer.named_parameters()))
         average = distributed.gather(self.average.tensors) if self.average else None
-        about = {"vocabulary": self.vocabulary.to_dict(), "step": step}
+        about = {**api.identity(self.images, self.texts), "step": step}
         state = {
             "step": step,
             "data": self._place(),
@@ -328,6 +330,7 @@ class Trainer:
                 f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
                 " mmrdpm that wrote it, or begin anew"
             )
+        api.check_identity(path, self.images, self.texts)
         weights.load_into(self.transformer, path)
         if self.average:
             self.average.restore(weights.load(path)[0])
@@ -380,7 +383,7 @@ def sample(trainer: Trainer, monitor: Monitor, plan: Samples) -> None:
     checkpoints. The sheet has two rows: the true pictures, as far as the data holds them, and the
     drawn ones.
     """
-    if trainer.parallel.sharded or not distributed.is_main():
+    if trainer.parallel.sharded or not distributed.is_main() or not plan.prompts:
         return
     model, step = trainer.model(), trainer.step
     data = load_emoji(trainer.images.image_size)

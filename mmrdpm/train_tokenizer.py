@@ -22,7 +22,7 @@ from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.pictures import to_tensor
-from mmrdpm.errors import RecipeError
+from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
 from mmrdpm.rdpm import image_tokenizer
@@ -49,14 +49,14 @@ class ImageTokenizerTraining:
 
     steps: int = field(default=5000, metadata={"min": 3})
     codebook_share: float = field(default=0.04, metadata={"min": 0.0, "max": 0.5})
-    decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.9})
+    decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.5})
     autoencoder_from: str | None = None
     lr: float = field(default=1e-3, metadata={"min": 0.0})
     batch_size: int = field(default=64, metadata={"min": 2})
     codebook_batch: int = field(default=512, metadata={"min": 1})
     latent_noise: float = field(default=0.2, metadata={"min": 0.0})
     precision: Precision = "auto"
-    seed: int = 0
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     threads: int = field(default=2, metadata={"min": 1})
 
     @property
@@ -101,12 +101,14 @@ def train_text(recipe: TextTokenizerRecipe, folder: Path) -> TextTokenizer:
     Raises:
         CheckpointError: the folder holds a run already.
     """
-    checkpoint.begin(folder, recipe, resume=False)
+    if (folder / checkpoint.RECIPE_FILE).exists():
+        raise CheckpointError(f"{folder}: holds a tokeniser already: name another folder")
     data = load_emoji(8)
     names = [data.names[i] for i in data.indices("train")]
     fit = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
     tokenizer = fit[recipe.model](names + load_glosses(), recipe.vocab_size)
     tokenizer.save(folder)
+    checkpoint.record(folder, recipe, {})
     return tokenizer
 
 
@@ -122,6 +124,7 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
     images = to_tensor(data.images[data.indices("train")])
     trainer = TokenizerTrainer(recipe.tokenizer, recipe.train, images)
     checkpoint.begin(run, recipe, resume)
+    checkpoint.record(run, recipe, {})
     if latest := checkpoint.newest(run):
         trainer.restore(latest)
     with Monitor(run, "image tokeniser", recipe.train.steps, trainer.step) as monitor:
@@ -217,16 +220,16 @@ class TokenizerTrainer:
         return (state - latents).square().mean().item()
 
     def _train_decoder(self, generator: torch.Generator) -> float:
-        """Reconstruction from the codes, by the decoder alone."""
+        """Reconstruction from the codes, and from the clean latents, by the decoder alone."""
         chosen = self._draw(self.training.batch_size, generator)
         images, latents = self._images(chosen), self._latents(chosen)
         trajectory, codebook = self.tokenizer.trajectory, self.tokenizer.codebook
         noise = torch.randn((trajectory.num_noises, *latents.shape), generator=generator)
         _, states = encode(trajectory, codebook, latents, noise)
         with self._autocast():
-            output = self.autoencoder.decode(states[0])
+            output = self.autoencoder.decode(torch.cat([states[0], latents]))
         done = self.step - self.training.autoencoder_steps - self.training.codebook_steps
-        loss = reconstruction_loss(output, images)
+        loss = reconstruction_loss(output, torch.cat([images, images]))
         return self._update(loss, done / self.training.decoder_steps)
 
     def _autocast(self) -> torch.autocast:

@@ -35,6 +35,7 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(contiguous, partial, {_METADATA: json.dumps(metadata or {}, sort_keys=True)})
+        os.chmod(partial, 0o666 & ~_umask())  # the library writes for its owner alone
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -54,13 +55,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, _metadata(file)
+        return tensors, _metadata_of(file)
 
 
 def metadata(path: Path) -> dict[str, Any]:
     """The metadata alone, see `load`."""
     with _opened(path) as file:
-        return _metadata(file)
+        return _metadata_of(file)
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -73,6 +74,10 @@ def tensor(path: Path, name: str) -> Tensor:
     """One tensor alone, see `load`."""
     with _opened(path) as file:
         return file.get_tensor(name)
+
+
+def _metadata_of(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get(_METADATA, "{}"))
 
 
 @contextmanager
@@ -89,16 +94,20 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _metadata(file: Any) -> dict[str, Any]:
-    return json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+def _umask() -> int:
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    return mask
 
 
-def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
-    """Fills a module with the tensors of a file, cast to the module's dtypes; gives the metadata.
+def load_into(module: nn.Module, path: Path) -> None:
+    """Fills a module with the tensors of a file, cast to the module's dtypes.
+
     Raises:
-        CheckpointError: as `load`, or the names or shapes differ from the module's.
+        CheckpointError: as `load`, or the names or shapes differ from the module's, or a number
+            is not finite.
     """
-    tensors, metadata = load(path)
+    tensors, _ = load(path)
     expected = module.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         side = "is missing from" if name in expected else "has no place in the model but is in"
@@ -109,8 +118,18 @@ def load_into(module: nn.Module, path: Path) -> dict[str, Any]:
                 f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs"
                 f" {list(tensor.shape)}: it is of another model"
             )
+    check_finite(tensors, path)
     fill(module, tensors)
-    return metadata
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError if weights of the file at `path` hold NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: tensor {name!r} holds numbers that are not finite: the training has"
+                " failed; go back to an earlier checkpoint and lower train.lr"
+            )
 
 
 @torch.no_grad()

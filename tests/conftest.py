@@ -14,6 +14,14 @@ from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import ModelRecipe, train
 
 
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run only where they are asked for."""
+    if "slow" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run it with -m slow"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizers(tmp_path_factory):
     """A folder with `image` and `text`."""

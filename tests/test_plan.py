@@ -27,6 +27,7 @@ def test_the_parameters_are_exact(tiny_recipe, tmp_path):
     assert planned.tokens_per_image == 3 * 4
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_run_is_planned_within_15_percent(tiny_recipe, tmp_path):
     """A model whose update takes several times what the program itself holds."""
     mapping = yaml.safe_load(tiny_recipe.read_text())

@@ -89,12 +89,8 @@ def last_step(run):
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_the_losses_are_the_same_bit_for_bit(
-    kills, tiny_recipe, tmp_path, request
-):
+def test_killed_at_random_moments_the_losses_are_the_same_bit_for_bit(kills, tiny_recipe, tmp_path):
     """Every step is saved, so that many a kill falls into saving."""
-    if kills > 2 and not request.config.getoption("markexpr"):
-        pytest.skip("takes minutes: run it with -m slow")
     policy = {"every": 1, "keep": 3, "log_every": 1}
     steps, chance = 15 * kills, random.Random(0)
     path = changed(tiny_recipe, tmp_path, train={"steps": steps}, checkpoint=policy)

@@ -34,14 +34,20 @@ def block_mask(layout: Layout) -> BlockMask:
     """The rule of `Layout.visible`, place by place, in the library's form."""
     documents, blocks, kinds = layout.document_ids, layout.block_ids, layout.kinds
     rows, length = kinds.shape
-    text, noisy = int(BlockKind.TEXT), int(BlockKind.NOISY)  # traced wrongly as members of an enum
+    # members of an enum would be traced wrongly
+    text, noisy, following = (
+        int(kind) for kind in (BlockKind.TEXT, BlockKind.NOISY, BlockKind.FOLLOWING)
+    )
+    images = layout.images()
 
     def visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = documents[row, query] == documents[row, key]
         same_block = blocks[row, query] == blocks[row, key]
         earlier = query > key
         inside = same_block & ((kinds[row, query] != text) | earlier)
-        outside = ~same_block & (kinds[row, key] != noisy) & earlier
+        same_image = images[row, query] == images[row, key]
+        history = (kinds[row, query] == following) & same_image
+        outside = ~same_block & ((kinds[row, key] < noisy) | history) & earlier
         real = (documents[row, query] >= 0) & (documents[row, key] >= 0)
         return (same_document & real & (inside | outside)) | (query == key)
 

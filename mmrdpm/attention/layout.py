@@ -8,8 +8,8 @@ clean image blocks and noisy image blocks. A query sees a key of the same docume
 - the query is in a following block, and the key in a noisy block of the same image before it.
 
 Nobody else sees a noisy block from outside. Following blocks exist in models with history alone.
-`Layout.visible` is this rule, written once; every backend
-takes a `Layout`, never a mask that its caller built.
+`Layout.visible` is this rule, written once; every backend takes a `Layout`, never a mask that its
+caller built.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Layout:
         same_block = self.block_ids[query] == self.block_ids[key]
         both_ways = self.kinds[query] != BlockKind.TEXT
         context = self.kinds[key] < BlockKind.NOISY
-        images = self._images()
+        images = self.images()
         history = (self.kinds[query] == BlockKind.FOLLOWING) & (images[query] == images[key])
         inside = same_block & (both_ways | earlier)
         outside = ~same_block & (context | history) & earlier
         on_padding = (self.document_ids < 0)[query] | (self.document_ids < 0)[key]
         return (same_document & ~on_padding & (inside | outside)) | itself
 
-    def _images(self) -> Tensor:
+    def images(self) -> Tensor:
         """int64 `[R, S]`, one number for a block and the following blocks behind it."""
         begins = self.block_ids.diff(dim=1, prepend=self.block_ids[:, :1] - 1) != 0
         return (begins & (self.kinds != BlockKind.FOLLOWING)).cumsum(1)

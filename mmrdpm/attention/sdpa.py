@@ -5,7 +5,7 @@ Runs on any device, with a backward; the reference that the other backends are t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -27,7 +27,16 @@ def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
     places = [(row, b, e) for row, ids in enumerate(layout.document_ids) for b, e in _runs(ids)]
     biases = [bias[row, :, begin:end, begin:end][None] for row, begin, end in places]
-    lengths = [end - begin for _, begin, end in places]
+    return by_document(biases)
+
+
+def by_document(biases: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention inside runs of tokens that see nothing of each other.
+
+    Args:
+        biases: `[1, 1, L, L]` for each run, in the order of the flattened rows.
+    """
+    lengths = [bias.shape[-1] for bias in biases]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = (x.flatten(0, 1)[None].split(lengths, 1) for x in (q, k, v))

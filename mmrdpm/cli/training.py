@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-from mmrdpm import distributed, recipe, shipped, text_tokenizer
+from mmrdpm import api, distributed, recipe, shipped, text_tokenizer
 from mmrdpm.cli.common import INTERRUPTED, Commands, command, group, recipe_file, run_options
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.pictures import contact_sheet, open_picture, to_pictures, to_square, to_tensor
+from mmrdpm.data.pictures import (
+    contact_sheet,
+    open_picture,
+    save_picture,
+    to_pictures,
+    to_square,
+    to_tensor,
+)
 from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.evaluation.suite import GROUPS
 from mmrdpm.evaluation.tokenizer import WAYS, measure_images, measure_texts
@@ -70,8 +78,8 @@ def _train(function, loaded, options: argparse.Namespace, command: str) -> int: 
     if distributed.is_main() and finished:
         print(run)
     elif distributed.is_main():
-        again = " ".join(["mmrdpm", command, options.recipe, *options.overrides])
-        print(f"stopped; go on with: {again} --run {run} --resume", file=sys.stderr)
+        words = ["mmrdpm", *command.split(), options.recipe, *options.overrides, "--run", str(run)]
+        print(f"stopped; go on with: {shlex.join(words)} --resume", file=sys.stderr)
     return 0 if finished else INTERRUPTED
 
 
@@ -103,12 +111,11 @@ def tokenizer_show(options: argparse.Namespace) -> None:
     """Draws every state of a picture on its way from noise through its codes."""
     tokenizer = image_tokenizer.load(_tokenizer(options.tokenizer))
     photo = to_square(open_picture(Path(options.photo)), tokenizer.image_size)
-    (record,) = tokenizer.encode(to_tensor(photo[None]), [options.seed])
+    (record,) = tokenizer.encode(to_tensor(photo[None]), [api.check_seed(options.seed)])
     states = tokenizer.states([record])[:, 0].flip(0)
     strip = [*to_pictures(tokenizer.decode_latents(states)), Image.fromarray(photo)]
     path = options.out or Path(f"{Path(options.photo).stem}-states.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([strip], scale=max(1, 96 // tokenizer.image_size)).save(path)
+    save_picture(contact_sheet([strip], scale=max(1, 96 // tokenizer.image_size)), path)
     print(path)
 
 

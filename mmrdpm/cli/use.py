@@ -9,7 +9,10 @@ from pathlib import Path
 
 from mmrdpm import api
 from mmrdpm.cli.common import Commands, command, count, model_option
-from mmrdpm.data.pictures import contact_sheet, open_picture
+from mmrdpm.data.pictures import contact_sheet, open_picture, save_picture
+from mmrdpm.errors import UsageError
+
+_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add(commands: Commands) -> None:
@@ -41,6 +44,8 @@ def add(commands: Commands) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Draws pictures; prints the path of every file written."""
+    names = [f"{_slug(p)}-{options.seed + j}" for p in options.prompts for j in range(options.n)]
+    paths = _paths(options.out, names)
     model = api.load(options.model)
     how = {
         name: value
@@ -53,15 +58,14 @@ def generate(options: argparse.Namespace) -> None:
     else:
         drawn = model.generate(options.prompts, options.seed, options.n, **how)
         pictures = [[picture] for picture in drawn]
-    paths = _paths(options.out, [f"{_slug(prompt)}-{seed}" for prompt, seed in jobs])
     for path, states in zip(paths, pictures, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        states[-1].save(path)
+        save_picture(states[-1], path)
         print(path)
         if options.trace:
             strip, film = (path.with_name(f"{path.stem}-trace.{e}") for e in ("png", "gif"))
-            contact_sheet([states]).save(strip)
-            states[0].save(film, save_all=True, append_images=states[1:], duration=200, loop=0)
+            save_picture(contact_sheet([states]), strip)
+            frames = {"save_all": True, "append_images": states[1:], "duration": 200, "loop": 0}
+            save_picture(states[0], film, **frames)
             print(strip, film, sep="\n")
 
 
@@ -82,6 +86,8 @@ def complete(options: argparse.Namespace) -> None:
 
 def _paths(out: Path, names: list[str]) -> list[Path]:
     """Where the pictures go: files in a folder, or, for one picture, the very file."""
+    if out.suffix.lower() in _OTHER_PICTURES:
+        raise UsageError(f"--out {out}: pictures are written as PNG: name a folder or a .png file")
     if out.suffix.lower() == ".png":
         if len(names) == 1:
             return [out]

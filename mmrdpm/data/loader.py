@@ -70,7 +70,6 @@ class Loader:
         self.rows = kind(self.stream, plan, image_tokenizer.grid, rank, world_size)
         self.skipped: Counter[str] = Counter()
         self.skipped_log = skipped_log
-        self._tokens = self._places = 0
 
     def describe(self) -> str:
         """One line about the size of things."""
@@ -105,16 +104,12 @@ class Loader:
         rows, skipped = self.rows.next()
         self._log(skipped)
         grid = self.image_tokenizer.grid
-        self._tokens += sum(draft.length(grid) for row in rows for draft in row)
-        self._places += len(rows) * self.plan.seq_len
         channels = self.image_tokenizer.latent_channels
         return pack(self._tokenise(rows), self.plan.seq_len, self.vocabulary, channels, len(grid))
 
     def figures(self) -> dict[str, float]:
-        """For the log: the share of tokens that are no padding, since the start of this process,
-        and the number of records left out."""
-        useful = self._tokens / self._places if self._places else 1.0
-        return {"data/useful_tokens": useful, "data/skipped": self.skipped.total()}
+        """For the log: the number of records left out since the start of this process."""
+        return {"data/skipped": self.skipped.total()}
 
     def _log(self, skipped: Sequence[Skipped]) -> None:
         self.skipped.update(f"{s.source}: {s.record.cause}" for s in skipped)

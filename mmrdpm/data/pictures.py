@@ -6,14 +6,14 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mmrdpm.errors import DataError
+from mmrdpm.errors import DataError, UsageError
 
 MAX_PIXELS = 64_000_000  # what one picture may hold once decoded: 64 megapixels, 256 MB as RGBA
 
@@ -64,6 +64,27 @@ def picture_of(content: Path | bytes | np.ndarray) -> Image.Image:
     if isinstance(content, bytes):
         return open_picture(io.BytesIO(content), "image")
     return open_picture(content)
+
+
+def save_picture(picture: Image.Image, path: Path, **how: Any) -> None:
+    """Writes a PNG or GIF, or leaves what was there untouched; makes its folder if missing.
+
+    Args:
+        how: as `Image.save` takes it.
+
+    Raises:
+        UsageError: the file's name ends with neither.
+    """
+    if path.suffix.lower() not in (".png", ".gif"):
+        raise UsageError(f"{path}: pictures are written as PNG: name the file so")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        picture.save(partial, path.suffix[1:], **how)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

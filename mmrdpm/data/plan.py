@@ -49,5 +49,10 @@ class DataPlan:
                 f"data.sources: the weights add up to {total:.6g}, not to 1: to keep their ratios"
                 f" write {shares}"
             )
+        if self.image_share + self.caption_share > 1 + 1e-9:
+            raise RecipeError(
+                f"data: image_share {self.image_share} and caption_share {self.caption_share} are"
+                " together more than 1: lower one"
+            )
         if self.image_share + self.caption_share == 0 and self.sources:
             raise RecipeError("data: image_share and caption_share are both 0: raise one")

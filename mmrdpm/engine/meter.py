@@ -30,7 +30,8 @@ class Meter:
     def _clear(self) -> None:
         self.sums = torch.zeros(self.num_timesteps + 2, dtype=torch.float64)
         self.counts = torch.zeros_like(self.sums)
-        self.tokens = torch.zeros(2, dtype=torch.float64)  # useful ones, and all with padding
+        # useful ones, all with padding, targets: since `begun`, unlike sums and counts
+        self.tokens = torch.zeros(3, dtype=torch.float64)
         self.waited, self.begun = 0.0, 0.0
 
     def start(self) -> float:
@@ -45,12 +46,14 @@ class Meter:
             row = (part.timesteps + 1).cpu()  # 0 is text, 1 the clean block, which has no loss
             self.sums.index_add_(0, row, part.per_token.double().cpu())
             self.counts.index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
-        self.tokens += torch.tensor([(document_ids >= 0).sum().item(), document_ids.numel()])
+        targets = sum(len(part.per_token) for part in losses)
+        useful = (document_ids >= 0).sum().item()
+        self.tokens += torch.tensor([useful, document_ids.numel(), targets])
         self.waited += waited
 
     def seen(self) -> tuple[float, float]:
         """Tokens, padding left out, and targets of this rank."""
-        return self.tokens[0].item(), self.counts.sum().item()
+        return self.tokens[0].item(), self.tokens[2].item()
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` takes: the sums of all ranks; all must call it."""
@@ -68,7 +71,7 @@ class Meter:
         elapsed = time.perf_counter() - self.begun
         means, useful = sums / counts, tokens[0].item()
         image = (sums[2:].sum() / counts[2:].sum()).item()
-        flops = 6 * (self.stack * useful + self.table * counts.sum().item())
+        flops = 6 * (self.stack * useful + self.table * tokens[2].item())
         logged = {
             "loss/text": means[0].item(),
             "loss/image": image,

@@ -46,7 +46,9 @@ def choose(logits: Tensor, choice: Choice, generators: Sequence[torch.Generator]
     """
     if choice.temperature == 0:
         return logits.argmax(-1)
-    kept = keep(logits.double() / choice.temperature, choice.top_k, choice.top_p)
+    logits = logits.double()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / choice.temperature  # the largest is 0
+    kept = keep(scaled, choice.top_k, choice.top_p)
     reached = kept.softmax(-1).cumsum(-1)
     shape = (*logits.shape[1:-1], 1)
     uniform = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]

@@ -8,10 +8,11 @@ and uses groups only where it is seen to give every image of a group the very bi
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ _GROUP = {"cpu": 64, "cuda": 2048}  # image positions in a group, about, by devi
 _PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
 
 
+GuidanceSchedule = Literal["constant", "rising", "falling"]
+
+
 @dataclass(frozen=True)
 class Guided(Choice):
     """How codes are drawn.
@@ -40,10 +44,13 @@ class Guided(Choice):
     """
 
     guidance_scale: float = field(default=3.0, metadata={"min": 0.0})
-    guidance_schedule: Literal["constant", "rising", "falling"] = "constant"
+    guidance_schedule: GuidanceSchedule = "constant"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance_schedule not in get_args(GuidanceSchedule):
+            known = ", ".join(get_args(GuidanceSchedule))
+            raise UsageError(f"guidance schedule {self.guidance_schedule!r}: choose one of {known}")
         if not 0 <= self.guidance_scale < math.inf:
             raise UsageError(
                 f"guidance scale {self.guidance_scale}: it must be a number, 0 or more"
@@ -98,7 +105,7 @@ class Sampler:
     def draw(self, group: Sequence[Request]) -> Tensor:
         """The states of a group's images, `[T + 1, G, *grid, C]`."""
         prompts = self._read(group)
-        generators = [torch.Generator().manual_seed(request.seed) for request in group]
+        generators = [_draws(request.seed) for request in group]
         start = self._start(group)
         states = [start]
         for timestep in range(self.tokenizer.num_timesteps, 0, -1):
@@ -119,7 +126,11 @@ class Sampler:
         if device != "cpu":
             return [group + group[-1:] * (size - len(group)) for group in full]
         bulk = [group for group in full if len(group) == size]
-        if bulk and not self.bits_are_the_same_alone([requests[i] for i in bulk[0]]):
+        of_length = {_padded_length(requests[group[0]]): group for group in bulk}
+        if not all(
+            self.bits_are_the_same_alone([requests[i] for i in group])
+            for group in of_length.values()
+        ):
             bulk = []
         done = {i for group in bulk for i in group}
         return bulk + [[i] for i in range(len(requests)) if i not in done]
@@ -179,6 +190,12 @@ class Sampler:
         cond, uncond = logits.chunk(2)
         scale = guidance_at(self.how, timestep, self.tokenizer.num_timesteps)
         return uncond + scale * (cond - uncond)
+
+
+def _draws(seed: int) -> torch.Generator:
+    """The generator of an image's draws, which must not repeat that of its start noise."""
+    hashed = hashlib.sha256(f"draws {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(hashed[:8]) >> 1)
 
 
 def _padded_length(request: Request) -> int:
