@@ -9,7 +9,7 @@ from pathlib import Path
 from mmrdpm import shipped
 from mmrdpm.errors import CheckpointError, MmrdpmError
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve(kind: shipped.Kind, name: str, files: Sequence[str]) -> Path:
