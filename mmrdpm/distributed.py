@@ -10,14 +10,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrdpm.errors import DistributedError
 
@@ -135,6 +135,22 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of every rank's tensor, on every rank, in place."""
+    return sum_over_ranks(tensor).div_(world_size()) if world_size() > 1 else tensor
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Makes every rank's gradients their mean over all ranks, as DDP does, in one exchange."""
+    gradients = [p.grad for p in parameters if p.grad is not None] if world_size() > 1 else []
+    if gradients:
+        flat = mean_over_ranks(torch.cat([g.reshape(-1) for g in gradients]))
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def anyone(flag: bool) -> bool:

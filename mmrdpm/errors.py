@@ -31,4 +31,4 @@ class DistributedError(MmrdpmError):
 
 
 class TrainingError(MmrdpmError):
-    """A run that cannot go on: its loss is no number, again and again."""
+    """A run that cannot go on: its loss is no number, or its codebook has collapsed."""

@@ -1,7 +1,8 @@
 """Recipes: YAML <-> frozen dataclasses, strict, overridable from the command line.
 
 A schema is a frozen dataclass; its fields are int, float, str, bool, `X | None`, `tuple[X, ...]`,
-`Literal[...]`, `dict[str, X]` or another schema. `field(metadata={"min": ..., "max": ...})` bounds
+`Literal[...]`, `dict[str, X]`, another schema, or a choice `A | B` of schemas: the first whose
+keys without a default are all given. `field(metadata={"min": ..., "max": ...})` bounds
 a number. Every error names the file, the dotted key and what would be right.
 """
 
@@ -135,7 +136,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         if value is None:
             return None
         inner = [arg for arg in args if arg is not type(None)]
-        return _value(inner[0], value, where, key)
+        return _value(_chosen(inner, value), value, where, key)
     if origin is Literal:
         if value not in args:
             known = ", ".join(map(str, args))
@@ -152,6 +153,19 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _schema(hint, value, where, key + ".")  # type: ignore[arg-type]
     return _scalar(hint, value, where, key)
+
+
+def _chosen(schemas: Sequence[Any], value: Any) -> Any:
+    """Of several schemas, the first whose keys without a default are all there, else the last."""
+    for schema in schemas[:-1]:
+        needed = [
+            f.name
+            for f in dataclasses.fields(schema)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if isinstance(value, Mapping) and all(name in value for name in needed):
+            return schema
+    return schemas[-1]
 
 
 def _scalar(hint: type, value: Any, where: str, key: str) -> Any:

@@ -143,14 +143,13 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     machine.prepare(recipe.train.threads)
     with distributed.joined(recipe.train.timeout):
         resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
-        complete, files = pretrained.complete, {TEXT_TOKENIZER: text_tokenizer.FILES}
         distributed.first(
-            lambda: checkpoint.begin(run, complete(recipe, run), resume, MACHINE_KEYS)
+            lambda: checkpoint.begin(run, pretrained.complete(recipe, run), resume, MACHINE_KEYS)
         )
         trainer = Trainer(recipe, run)
-        whole = trainer.recipe
-        distributed.first(lambda: checkpoint.record(run, whole, trainer.tokenizers, files))
-        return _loop(whole, run, trainer)
+        files = {TEXT_TOKENIZER: text_tokenizer.FILES}
+        distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers, files))
+        return _loop(trainer.recipe, run, trainer)
 
 
 def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
@@ -197,12 +196,11 @@ class Trainer:
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
                 " change one of them"
             )
-        self.tokenizers = {
-            IMAGE_TOKENIZER: checkpoint.tokenizer(run, IMAGE_TOKENIZER, recipe.tokenizers.image),
-            TEXT_TOKENIZER: checkpoint.tokenizer(
-                run, TEXT_TOKENIZER, recipe.tokenizers.text, text_tokenizer.FILES
-            ),
+        kinds = {
+            IMAGE_TOKENIZER: (recipe.tokenizers.image, ()),
+            TEXT_TOKENIZER: (recipe.tokenizers.text, text_tokenizer.FILES),
         }
+        self.tokenizers = {p: checkpoint.tokenizer(run, p, *kind) for p, kind in kinds.items()}
         self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER])
         self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)

@@ -79,6 +79,10 @@ def test_a_text_is_continued_and_seeds_matter(model):
         (lambda m: m.generate(["word " * 200]), "make it shorter"),
         (lambda m: m.generate("red heart"), "list of prompts"),
         (lambda m: m.generate(["a"], seed=-1), "seed -1"),
+        (lambda m: m.generate(["a"], seed=1.5), "whole number"),
+        (lambda m: m.generate(["a"], n=0), "at least 1"),
+        (lambda m: m.generate(["a"], guidance_schedule="odd"), "choose one of"),
+        (lambda m: m.caption(Image.new("RGB", (4, 4))), "list of pictures"),
         (lambda m: m.generate(["a"], temperature=-1.0), "temperature -1.0"),
         (lambda m: m.generate(["a"], guidance=2.0), "guidance"),
         (lambda m: m.complete(""), "is empty"),
@@ -107,6 +111,14 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path, tiny_run):
     shutil.copytree(tiny_run, run)
     text_tokenizer.train_bpe(["some text"], 270).save(run / "tokenizers" / "text")
     with pytest.raises(CheckpointError, match=r"328|320 text ids"):
+        mmrdpm.load(run)
+    shutil.copytree(
+        tiny_run / "tokenizers" / "text", run / "tokenizers" / "text", dirs_exist_ok=True
+    )
+    path = run / "tokenizers" / "text" / "tokenizer.json"
+    turned = path.read_text().replace('"a": ', '"A_": ').replace('"A": ', '"a": ')
+    path.write_text(turned.replace('"A_": ', '"A": '))
+    with pytest.raises(CheckpointError, match="trained with another text tokeniser"):
         mmrdpm.load(run)
     torch.save({"w": torch.zeros(2)}, run / "step-9999999.safetensors")
     with pytest.raises(CheckpointError, match="pickled weights are never loaded"):

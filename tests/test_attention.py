@@ -18,10 +18,12 @@ def make_layout(blocks):
     return Layout(*(torch.tensor([x]) for x in (documents, ids, kinds)))
 
 
-def random_layout(generator, length=24):
+def random_layout(generator, length=24, kinds=3):
     blocks, used, document = [], 0, 0
     while used < length:
-        kind, size, switch = (torch.randint(n, (), generator=generator).item() for n in (3, 4, 3))
+        kind, size, switch = (
+            torch.randint(n, (), generator=generator).item() for n in (kinds, 4, 3)
+        )
         document += switch == 0
         blocks.append((document, kind, min(size + 1, length - used)))
         used += blocks[-1][2]
@@ -30,7 +32,7 @@ def random_layout(generator, length=24):
 
 def random_rows(seed, rows=3):
     generator = torch.Generator().manual_seed(seed)
-    layouts = [random_layout(generator) for _ in range(rows)]
+    layouts = [random_layout(generator, kinds=4) for _ in range(rows)]
     return Layout(*(torch.cat(x) for x in zip(*(vars(a).values() for a in layouts), strict=True)))
 
 

@@ -47,6 +47,7 @@ def test_resuming_needs_a_run_of_the_same_recipe(tmp_path):
     with pytest.raises(CheckpointError, match="no run to resume"):
         checkpoint.begin(run, CheckpointPolicy(), resume=True)
     checkpoint.begin(run, CheckpointPolicy(), resume=False)
+    checkpoint.record(run, CheckpointPolicy(), {})
     assert recipe.read(run / checkpoint.RECIPE_FILE)["every"] == 500
     checkpoint.begin(run, CheckpointPolicy(), resume=True)
     with pytest.raises(CheckpointError, match="begun with every=500, not 7"):
@@ -67,6 +68,7 @@ def test_milestones_are_kept_and_orphaned_states_removed(tmp_path):
 
 def test_machine_keys_may_differ_when_a_run_goes_on(tmp_path):
     checkpoint.begin(tmp_path / "run", CheckpointPolicy(), resume=False)
+    checkpoint.record(tmp_path / "run", CheckpointPolicy(), {})
     checkpoint.begin(tmp_path / "run", CheckpointPolicy(keep=3), resume=True, free={"keep"})
 
 
@@ -81,3 +83,33 @@ def test_the_writer_works_aside_and_reports_what_went_wrong():
     with pytest.raises(CheckpointError, match="no such weights file"):
         writer.finish()
     writer.finish()
+
+
+def test_a_run_does_not_begin_over_checkpoints_of_another(tmp_path):
+    checkpoint.save(tmp_path, 5, {"w": torch.zeros(1)}, {}, {})
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        checkpoint.begin(tmp_path, CheckpointPolicy(), resume=False)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
+    checkpoint.save(tmp_path, 5, {"weight": torch.ones(2, 2)}, {}, {})
+    spoiled = {"weight": torch.tensor([[1.0, torch.inf], [0.0, 1.0]])}
+    with pytest.raises(CheckpointError, match="not finite"):
+        checkpoint.save(tmp_path, 6, spoiled, {}, {})
+    assert checkpoint.newest(tmp_path).name == "step-0000005.safetensors"
+    weights.save(spoiled, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="not finite"):
+        weights.load_into(torch.nn.Linear(2, 2, bias=False), tmp_path / "w.safetensors")
+
+
+def test_a_beginning_that_was_cut_off_does_not_stand_in_the_way(tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    (source / "file").write_text("right")
+    (run / "part").mkdir(parents=True)
+    (run / "part" / "left").write_text("by a killed start")
+    assert checkpoint.tokenizer(run, "part", str(source)) == source
+    checkpoint.begin(run, CheckpointPolicy(), resume=False)
+    checkpoint.record(run, CheckpointPolicy(), {"part": source})
+    assert [p.name for p in (run / "part").iterdir()] == ["file"]
+    assert checkpoint.tokenizer(run, "part", "unused") == run / "part"

@@ -148,12 +148,22 @@ def test_bad_recipes_are_one_clear_line(run, tmp_path, tiny_recipe):
     assert_mistake(run("train", "emoji_cpv"), "did you mean emoji_cpu")
     assert_mistake(run("train", "emoji_rdpm_32"), "use mmrdpm tokenizer train")
     assert_mistake(run("tokenizer", "train", tiny_recipe), "use mmrdpm train")
+    assert_mistake(train("train.lr=.inf"), "finite")
+    assert_mistake(train("model.width=30"), "even parts")
+    assert_mistake(train("data.image_share=0.9"), "more than 1")
+    assert_mistake(train("train.seed=99999999999999999999"), "at most")
     assert not (tmp_path / "r").exists()
+    assert_mistake(train("tokenizers.image=emoji-rdmp-32"), "did you mean emoji-rdpm-32")
+    assert_mistake(train("train.attention=xformers"), "needs CUDA")
+    assert not (tmp_path / "r" / "recipe.yaml").exists()
+    assert train("train.steps=1", "samples.prompts=[]")[0] == 0  # the folder is still free
 
 
 def test_bad_prompts_are_one_clear_line(run, tiny_run):
     assert_mistake(run("generate", "", "--model", tiny_run), "empty")
     assert_mistake(run("generate", "word " * 300, "--model", tiny_run), "make it shorter")
+    assert_mistake(run("generate", "a", "--model", tiny_run, "--guidance", "nan"), "guidance")
+    assert_mistake(run("generate", "a", "--model", tiny_run, "--out", "a.jpg"), "PNG")
     assert_mistake(run("complete", "", "--model", tiny_run), "empty")
     assert_mistake(run("generate", "a", "--model", "nothing"), "no such path")
     with pytest.raises(SystemExit) as stop:
@@ -173,4 +183,6 @@ def test_text_tokenizers_train_from_a_recipe(run, tmp_path):
     assert (status, out) == (0, "made\n")
     status, out, _ = run("tokenizer", "eval", "made")
     assert status == 0 and " 0 changed by a round trip" in out
-    assert_mistake(run("tokenizer", "train", "t.yaml", "--run", "made"), "holds a run already")
+    assert_mistake(
+        run("tokenizer", "train", "t.yaml", "--run", "made"), "holds a tokeniser already"
+    )

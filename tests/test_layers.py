@@ -13,7 +13,7 @@ FLOORS = [
     {"document", "transformer", "objective", "data", "language_model"},
     {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},
     {"api", "pretrained"},
-    {"train_tokenizer", "train_model", "evaluation"},
+    {"train_tokenizer", "tokenizer_trainer", "train_model", "evaluation"},
     {"bench", "export", "quickstart", "sweep", "plan", "doctor"},
     {"cli", "__main__"},
 ]

@@ -10,7 +10,8 @@ from mmrdpm.rdpm.codebook import Codebook, CodebookFit, perplexity
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.rdpm.schedule import SCHEDULES, Schedule
 from mmrdpm.rdpm.trajectory import TRAJECTORIES, decode, encode, make_trajectory
-from mmrdpm.train_tokenizer import ImageTokenizerRecipe, ImageTokenizerTraining, train_image
+from mmrdpm.tokenizer_trainer import ImageTokenizerTraining, Phases
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
 TINY = ImageTokenizerConfig(
     AutoencoderConfig(image_size=16, latent_channels=4, patch=4, widths=(8, 16), blocks=1),
@@ -255,7 +256,7 @@ def test_a_tokenizer_on_anothers_autoencoder_keeps_it_as_it_is(tiny_tokenizers, 
         autoencoder_from=str(tiny_tokenizers / "image"),
         threads=1,
     )
-    assert (plan.autoencoder_steps, plan.codebook_steps, plan.decoder_steps) == (0, 4, 0)
+    assert plan.phases(frozen=True) == Phases(0, 4, 0)
     assert train_image(ImageTokenizerRecipe(shape, plan), tmp_path / "made")
     made = image_tokenizer.load(tmp_path / "made")
     for name, tensor in theirs.autoencoder.state_dict().items():

@@ -65,3 +65,9 @@ def test_mistakes_are_one_line_that_names_the_place(tmp_path, text, override, pa
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"gone\.yaml"):
         recipe.load(Outer, tmp_path / "gone.yaml")
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    path = write(tmp_path, "name: a\nname: b\n")
+    with pytest.raises(RecipeError, match="'name' comes twice, again in line 2"):
+        recipe.load(Outer, path)

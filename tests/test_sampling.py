@@ -6,7 +6,7 @@ from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling.choose import Choice, choose, keep
-from mmrdpm.sampling.image import Guided, Request, Sampler, guidance_at, sample_images
+from mmrdpm.sampling.image import Guided, Request, Sampler, _draws, guidance_at, sample_images
 from mmrdpm.sampling.text import sample_text
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
@@ -182,3 +182,13 @@ def test_draws_follow_the_probabilities():
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(UsageError, match="0 or more"):
         Choice(**wrong)
+
+
+def test_draws_do_not_repeat_the_start_noise():
+    """The numbers that draw codes and those that made the noise are unrelated for one seed."""
+    seeds = range(2000)
+    drawn = torch.stack([torch.rand(4, generator=_draws(s), dtype=torch.float64) for s in seeds])
+    noise = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    for made in (noise, noise.square()):
+        found = torch.corrcoef(torch.cat([drawn.T, made.double().T]))[:4, 4:]
+        assert found.abs().max() < 0.1

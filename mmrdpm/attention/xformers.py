@@ -59,7 +59,8 @@ def parts(layout: Layout) -> list[Part]:
             if layout.document_ids[row, start] < 0:
                 continue
             if layout.document_ids[row, start] != document:
-                context, document = [], int(layout.document_ids[row, start])
+                context, history = [], []
+                document = int(layout.document_ids[row, start])
             own = torch.arange(start, end) + row * length
             kind = layout.kinds[row, start]
             history = history if kind == BlockKind.FOLLOWING else []

@@ -5,13 +5,24 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from mmrdpm import api, distributed, recipe, shipped, text_tokenizer
-from mmrdpm.cli.common import INTERRUPTED, Commands, command, group, recipe_file, run_options
+from mmrdpm.cli.common import (
+    INTERRUPTED,
+    Commands,
+    command,
+    count,
+    group,
+    recipe_file,
+    run_options,
+)
 from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.images import load_squares
 from mmrdpm.data.pictures import (
     contact_sheet,
     open_picture,
@@ -41,6 +52,8 @@ def add(commands: Commands) -> None:
     run_options(command(of, tokenizer_train, "train"))
     p = command(of, tokenizer_eval, "eval")
     p.add_argument("tokenizer", nargs="?", default="emoji-rdpm-32", metavar="NAME|DIR")
+    p.add_argument("--images", type=Path, metavar="DIR", help="default: the embedded pictures")
+    p.add_argument("--count", type=count, default=256, help="of those images, at most")
     p = command(of, tokenizer_show, "show")
     p.add_argument("photo", metavar="PHOTO")
     p.add_argument("--tokenizer", default="emoji-rdpm-32", metavar="NAME|DIR")
@@ -92,9 +105,8 @@ def tokenizer_eval(options: argparse.Namespace) -> None:
         print(f"{figures.texts} texts, {figures.broken} changed by a round trip")
         return
     tokenizer = image_tokenizer.load(folder)
-    data = load_emoji(tokenizer.image_size)
-    for title, split in GROUPS.items():
-        found = measure_images(tokenizer, data.images[data.indices(split)])
+    for title, squares in _measured_on(options, tokenizer.image_size):
+        found = measure_images(tokenizer, squares)
         plain, coded = (found.psnr[way].mean().item() for way in WAYS)
         likeness = [found.ssim[way].mean().item() for way in WAYS]
         print(f"{title}: {len(found.psnr['codes'])} pictures")
@@ -105,6 +117,15 @@ def tokenizer_eval(options: argparse.Namespace) -> None:
         print("  timestep         " + "".join(f"{t:7d}" for t in steps))
         print("  latent error     " + "".join(f"{e.mean():7.3f}" for e in found.latent_error))
         print("  codebook usage   " + "".join(f"{u:7.1%}" for u in found.usage))
+
+
+def _measured_on(options: argparse.Namespace, size: int) -> Iterator[tuple[str, np.ndarray]]:
+    if options.images:
+        yield str(options.images), load_squares(options.images, size, options.count)
+        return
+    data = load_emoji(size)
+    for title, split in GROUPS.items():
+        yield title, data.images[data.indices(split)]
 
 
 def tokenizer_show(options: argparse.Namespace) -> None:

@@ -85,13 +85,7 @@ class Loader:
         Raises:
             DataError: the data are not those that the place was saved for.
         """
-        now = self.stream.fingerprints()
-        changed = [name for name in now | state["data"] if now.get(name) != state["data"].get(name)]
-        if changed:
-            raise DataError(
-                f"the data changed since the run was saved ({', '.join(changed)}): its place in"
-                " them means nothing now: put them back as they were, or begin a new run"
-            )
+        check_unchanged(self.stream.fingerprints(), state["data"])
         self.rows.restore(state)
 
     @torch.no_grad()
@@ -113,10 +107,8 @@ class Loader:
 
     def _log(self, skipped: Sequence[Skipped]) -> None:
         self.skipped.update(f"{s.source}: {s.record.cause}" for s in skipped)
-        if self.skipped_log and skipped:
-            with open(self.skipped_log, "a", encoding="utf-8") as file:
-                for s in skipped:
-                    file.write(json.dumps({"source": s.source, **vars(s.record)}) + "\n")
+        if self.skipped_log:
+            log_skipped(self.skipped_log, skipped)
 
     def _tokenise(self, rows: Sequence[Sequence[Draft]]) -> list[list[Document]]:
         """Fresh codes for all images of a batch at once."""
@@ -178,6 +170,24 @@ def open_stream(
             source.check_autoencoder(fingerprint(image_tokenizer))
     weights = {name: config.weight for name, config in plan.sources.items()}
     return Mixture(sources, weights, seed, drafter)
+
+
+def check_unchanged(now: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Raises DataError unless the fingerprints are those that a place was saved with."""
+    changed = [name for name in {**now, **saved} if now.get(name) != saved.get(name)]
+    if changed:
+        raise DataError(
+            f"the data changed since the run was saved ({', '.join(changed)}): its place in"
+            " them means nothing now: put them back as they were, or begin a new run"
+        )
+
+
+def log_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
+    """Adds a JSON line per record that was left out."""
+    if skipped:
+        with open(path, "a", encoding="utf-8") as file:
+            for s in skipped:
+                file.write(json.dumps({"source": s.source, **vars(s.record)}) + "\n")
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

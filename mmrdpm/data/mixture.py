@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from mmrdpm.data.documents import Draft, Drafter
-from mmrdpm.data.records import Broken, Indexed, Source
+from mmrdpm.data.documents import Draft
+from mmrdpm.data.records import Broken, Indexed, Record, Source
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,13 @@ class Item:
     draft: Draft | Broken
 
 
+class MakesDrafts(Protocol):
+    """What a record becomes: documents by `Drafter`, pictures by `Cropper`."""
+
+    def drafts(self, record: Record, random: np.random.Generator) -> Iterable[Draft] | Broken:
+        """The drafts of one record, or why there are none."""
+
+
 class Mixture:
     """Draws a source for each record, by weight, then takes the lane's next record of it.
 
@@ -38,7 +45,7 @@ class Mixture:
         sources: Mapping[str, Source],
         weights: Mapping[str, float],
         seed: int,
-        drafter: Drafter,
+        drafter: MakesDrafts,
     ) -> None:
         self.sources, self.seed, self.drafter = dict(sources), seed, drafter
         self.weights = dict(weights)

@@ -8,20 +8,42 @@ added to the latents while training, so that the decoder tolerates quantisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+
+from mmrdpm import distributed
+from mmrdpm.errors import RecipeError
+
+_GROUPS = 8  # of the group norms: widths are multiples of it
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shapes of the autoencoder; the downsampling factor is `patch * 2 ** (len(widths) - 1)`."""
+    """Shapes of the autoencoder; the downsampling factor is `patch * 2 ** (len(widths) - 1)`.
 
-    image_size: int = 32
-    latent_channels: int = 16
-    patch: int = 4
+    Raises:
+        RecipeError: the widths are not multiples of 8, or the image not one of the factor.
+    """
+
+    image_size: int = field(default=32, metadata={"min": 1})
+    latent_channels: int = field(default=16, metadata={"min": 1})
+    patch: int = field(default=4, metadata={"min": 1})
     widths: tuple[int, ...] = (128, 256)
-    blocks: int = 2
+    blocks: int = field(default=2, metadata={"min": 0})
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(width < 1 or width % _GROUPS for width in self.widths):
+            raise RecipeError(
+                f"tokenizer.autoencoder.widths is {list(self.widths)}: give at least one, each a"
+                f" multiple of {_GROUPS}"
+            )
+        if self.image_size % self.factor:
+            raise RecipeError(
+                f"tokenizer.autoencoder.image_size is {self.image_size}: it must be a multiple of"
+                f" {self.factor}, which the patch and the widths shrink it by"
+            )
 
     @property
     def factor(self) -> int:
@@ -38,13 +60,53 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
+        self.norm = nn.GroupNorm(_GROUPS, width)
         self.expand = nn.Conv2d(width, width, 3, padding=1)
         self.project = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.project.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.project(nn.functional.silu(self.expand(self.norm(x))))
+
+
+class LatentNorm(nn.BatchNorm2d):
+    """Latents to mean 0 and variance 1 per channel; the running statistics are kept.
+
+    While training, batches `[B, C, h, w]` are normalised by their own statistics, taken over all
+    ranks (torch's SyncBatchNorm needs CUDA).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False, momentum=0.02)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(latents)
+        from torch.distributed.nn.functional import all_reduce
+
+        x = latents.float()
+        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
+        mean, square = all_reduce(moments) / distributed.world_size()
+        variance = square - mean.square()
+        count = x.numel() // x.shape[1] * distributed.world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 0.02)
+            self.running_var.lerp_(variance * count / max(1, count - 1), 0.02)
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        return (x - mean[:, None, None]) * (variance + self.eps).rsqrt()[:, None, None]
+
+    def set(self, mean: Tensor, variance: Tensor) -> None:
+        """Takes statistics measured elsewhere, float `[C]` each."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """Normalised latents `[B, C, h, w]` back to their own mean and variance."""
+        scale = (self.running_var + self.eps).sqrt()
+        return latents * scale[:, None, None] + self.running_mean[:, None, None]
 
 
 class Autoencoder(nn.Module):
@@ -54,8 +116,17 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = _encoder(config)
-        self.normalise = nn.BatchNorm2d(config.latent_channels, affine=False, momentum=0.02)
+        self.normalise = LatentNorm(config.latent_channels)
         self.decoder = _decoder(config)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weights: where the parts of a loss are weighed against each other."""
+        return self.decoder[-2].weight  # type: ignore[return-value]
+
+    def raw_latents(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] -> latents `[B, C, h, w]`, not yet normalised."""
+        return self.encoder(images)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> latents `z_0` `[B, h, w, C]`, mean 0, variance 1."""
@@ -77,7 +148,9 @@ def _encoder(config: AutoencoderConfig) -> nn.Sequential:
         if level:
             layers.append(nn.Conv2d(config.widths[level - 1], width, 2, stride=2))
         layers += [ResidualBlock(width) for _ in range(config.blocks)]
-    return nn.Sequential(*layers, nn.GroupNorm(8, last), nn.Conv2d(last, config.latent_channels, 1))
+    return nn.Sequential(
+        *layers, nn.GroupNorm(_GROUPS, last), nn.Conv2d(last, config.latent_channels, 1)
+    )
 
 
 def _decoder(config: AutoencoderConfig) -> nn.Sequential:
@@ -89,11 +162,5 @@ def _decoder(config: AutoencoderConfig) -> nn.Sequential:
         layers += [ResidualBlock(width) for _ in range(config.blocks)]
     pixels = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
     return nn.Sequential(
-        *layers, nn.GroupNorm(8, widths[-1]), nn.SiLU(), pixels, nn.PixelShuffle(config.patch)
+        *layers, nn.GroupNorm(_GROUPS, widths[-1]), nn.SiLU(), pixels, nn.PixelShuffle(config.patch)
     )
-
-
-def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
-    """Mean squared plus mean absolute error: the first for PSNR, the second for sharp edges."""
-    error = output.float() - images
-    return error.square().mean() + 0.5 * error.abs().mean()

@@ -5,12 +5,15 @@ Position-wise throughout: every tensor is `[..., C]`, so grids of any rank pass 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmrdpm import distributed
 from mmrdpm.errors import RecipeError
+from mmrdpm.rdpm.usage import Usage, perplexity_of
 
 
 class Codebook(nn.Module):
@@ -91,7 +94,8 @@ class CodebookFit:
 
     Codes that fall out of use are re-seeded with residuals of the current batch. While `tied`,
     tables per timestep move as one: they start alike, so that a code means a similar direction at
-    every step, and part only afterwards.
+    every step, and part only afterwards. Under several ranks each observes its share of a batch,
+    and all fit the same codes to the whole of it.
     """
 
     decay = 0.95  # of the moving averages, per update
@@ -99,27 +103,40 @@ class CodebookFit:
 
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook
-        self.present = torch.zeros(codebook.codes.shape[:2])  # 1 where a table has a code
+        self.present = torch.zeros_like(codebook.codes[..., 0])  # 1 where a table has a code
         for table in range(len(self.present)):
             self.present[table, : codebook.sizes[table]] = 1
         self.counts = torch.zeros_like(self.present)
         self.sums = torch.zeros_like(codebook.codes)
+        self.usage = Usage(codebook.sizes, codebook.codes.device)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, the codebook itself left out."""
+        return {"counts": self.counts, "sums": self.sums, "usage": self.usage.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a saved state."""
+        self.counts.copy_(state["counts"])
+        self.sums.copy_(state["sums"])
+        self.usage.restore(state["usage"])
 
     @torch.no_grad()
     def observe(self, residual: Tensor, timestep: int, generator: torch.Generator) -> Tensor:
         """Fits gain and codes of one timestep to residuals `[..., C]`; gives them quantised."""
         codebook, row = self.codebook, timestep - 1
         table = row if codebook.per_step else 0
-        scale = residual.square().mean().sqrt().clamp(min=1e-8)
+        scale = distributed.mean_over_ranks(residual.square().mean()).sqrt().clamp(min=1e-8)
         fresh = not self.counts[table].any()
         codebook.gains[row] = scale if fresh else torch.lerp(scale, codebook.gains[row], self.decay)
-        flat = residual.reshape(-1, residual.shape[-1]) / codebook.gains[row]
+        flat = residual.reshape(len(residual), -1, residual.shape[-1]) / codebook.gains[row]
         if fresh:
             codebook.table(timestep)[:] = _draw(flat, codebook.sizes[row], generator)
         code_indices = codebook.nearest(residual, timestep)
-        self._average(flat, code_indices.reshape(-1), table, decay=0.0 if fresh else self.decay)
-        self._reseed(flat, table, codebook.sizes[row], generator)
-        return codebook.lookup(code_indices, timestep)
+        counts = self._average(flat, code_indices, table, decay=0.0 if fresh else self.decay)
+        reseeded = self._reseed(flat, table, codebook.sizes[row], generator)
+        quantised = codebook.lookup(code_indices, timestep)
+        self.usage.add(timestep, counts, (residual - quantised).square().mean(), reseeded)
+        return quantised
 
     @torch.no_grad()
     def tie(self) -> None:
@@ -129,29 +146,43 @@ class CodebookFit:
         self.sums = self.present[..., None] * (self.sums.sum(0) / having[:, None])
         self.codebook.codes[:] = self.sums / self.counts[..., None].clamp(min=1e-6)
 
-    def _average(self, flat: Tensor, chosen: Tensor, table: int, decay: float) -> None:
-        counts = torch.bincount(chosen, minlength=self.codebook.size).float()
-        sums = torch.zeros_like(self.sums[table]).index_add_(0, chosen, flat)
+    def _average(self, flat: Tensor, chosen: Tensor, table: int, decay: float) -> Tensor:
+        """Moves a table to the mean of what chose each code; gives how often each was chosen."""
+        index = chosen.reshape(-1)
+        counts = torch.bincount(index, minlength=self.codebook.size).float()
+        sums = torch.zeros_like(self.sums[table]).index_add_(0, index, flat.flatten(0, 1))
+        distributed.sum_over_ranks(counts)
+        distributed.sum_over_ranks(sums)
         self.counts[table] = torch.lerp(counts, self.counts[table], decay)
         self.sums[table] = torch.lerp(sums, self.sums[table], decay)
         used = self.counts[table] > 0
         self.codebook.codes[table, used] = self.sums[table, used] / self.counts[table, used, None]
+        return counts
 
-    def _reseed(self, flat: Tensor, table: int, size: int, generator: torch.Generator) -> None:
+    def _reseed(self, flat: Tensor, table: int, size: int, generator: torch.Generator) -> Tensor:
+        """Gives codes out of use a new start; gives their number."""
         mean_count = self.counts[table, :size].mean()
         dead = (self.counts[table] < self.dead_below * mean_count) & self.present[table].bool()
         seeds = _draw(flat, int(dead.sum()), generator)
         self.codebook.codes[table, dead] = seeds
         self.counts[table, dead] = mean_count
         self.sums[table, dead] = seeds * mean_count
+        return dead.sum()
 
 
 def perplexity(code_indices: Tensor, size: int) -> float:
     """`exp(entropy)` of the codes' use, 1..size: how many codes are in effective use."""
-    share = torch.bincount(code_indices.reshape(-1), minlength=size).double()
-    share /= share.sum()
-    return torch.exp(-torch.xlogy(share, share).sum()).item()
+    return perplexity_of(torch.bincount(code_indices.reshape(-1), minlength=size))
 
 
 def _draw(flat: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return flat[torch.randint(len(flat), (count,), generator=generator)]
+    """`count` residuals of the batch of all ranks: `[count, C]` of this rank's `[B, N, C]`.
+
+    Image i of a batch is with rank `i % world_size`, so as many ranks as may be draw the same.
+    """
+    ranks, (images, positions, _) = distributed.world_size(), flat.shape
+    drawn = torch.randint(images * ranks * positions, (count,), generator=generator)
+    image, position = drawn // positions, drawn % positions
+    mine = (image % ranks == distributed.rank()).to(flat.device)
+    chosen = flat[(image // ranks).to(flat.device), position.to(flat.device)]
+    return distributed.sum_over_ranks(torch.where(mine[:, None], chosen, 0.0))

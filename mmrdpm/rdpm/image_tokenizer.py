@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmrdpm import recipe, weights
 from mmrdpm.rdpm.autoencoder import Autoencoder, AutoencoderConfig
 from mmrdpm.rdpm.codebook import Codebook
+from mmrdpm.rdpm.published import PublishedAutoencoder, PublishedConfig
 from mmrdpm.rdpm.schedule import Schedule
 from mmrdpm.rdpm.trajectory import decode, encode, make_trajectory
 
@@ -24,13 +25,14 @@ class ImageTokenizerConfig:
     """What an image tokeniser is, apart from its weights.
 
     Attributes:
+        autoencoder: our own by its shapes, or a published one by `diffusers`.
         eta: share of fresh noise, of the trajectory `ancestral` alone.
         codebook_size: K, the range of code indices, and the size of a table unless
         codebook_sizes: give the size per timestep in the order of drawing, T first; they need a
             table per timestep.
     """
 
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    autoencoder: PublishedConfig | AutoencoderConfig = field(default_factory=AutoencoderConfig)
     num_timesteps: int = field(default=10, metadata={"min": 1})
     schedule: str = "linear"
     trajectory: str = "path"
@@ -38,6 +40,15 @@ class ImageTokenizerConfig:
     codebook_size: int = field(default=1024, metadata={"min": 1})
     codebook_sizes: tuple[int, ...] = ()
     per_step_codebook: bool = False
+
+
+def make_autoencoder(
+    config: PublishedConfig | AutoencoderConfig,
+) -> Autoencoder | PublishedAutoencoder:
+    """An autoencoder of that shape, its weights not yet those of any training."""
+    if isinstance(config, PublishedConfig):
+        return PublishedAutoencoder(config)
+    return Autoencoder(config)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.autoencoder = Autoencoder(config.autoencoder)
+        self.autoencoder = make_autoencoder(config.autoencoder)
         self.schedule = Schedule(config.schedule, config.num_timesteps)
         self.trajectory = make_trajectory(config.trajectory, self.schedule, config.eta)
         self.codebook = Codebook(

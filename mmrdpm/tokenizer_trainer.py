@@ -1,0 +1,391 @@
+"""The updates of an image tokeniser's three phases, and all that an exact resume needs.
+
+All randomness is drawn from (seed, step) for the batch of all ranks, of which each computes its
+share, and a step's phase follows from its number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrdpm import checkpoint, distributed, machine, shipped, weights
+from mmrdpm.data.images import Images
+from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
+from mmrdpm.machine import Precision
+from mmrdpm.optim import Average
+from mmrdpm.rdpm import image_tokenizer, published
+from mmrdpm.rdpm.autoencoder import Autoencoder
+from mmrdpm.rdpm.codebook import CodebookFit
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.rdpm.published import PublishedAutoencoder, PublishedConfig
+from mmrdpm.rdpm.reconstruction import LossConfig, Reconstruction
+from mmrdpm.rdpm.trajectory import encode
+from mmrdpm.rdpm.usage import CollapseConfig
+
+_ENCODED_PIXELS, _ENCODED_IMAGES = 2**20, 256  # at once, through an encoder that learns no more
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Updates of each phase, in their order."""
+
+    autoencoder: int
+    codebook: int
+    decoder: int
+
+
+@dataclass(frozen=True)
+class ImageTokenizerTraining:
+    """How an image tokeniser is trained.
+
+    Attributes:
+        steps: updates of all phases together.
+        codebook_share, decoder_share: of the steps, those of the two later phases.
+        autoencoder_from: name or folder of a tokeniser whose autoencoder is taken as it is; then
+            the codebook has all steps but the decoder's, as it has on a published autoencoder.
+        batch_size: images per update of all ranks together.
+        latent_noise: standard deviation of the noise on the latents, whose own is 1.
+        codebook_batch: images per codebook update; many residuals are needed per code.
+        loss: of the reconstruction.
+        ema: decay of the moving average of the autoencoder's weights, which each phase leaves in
+            their place; 0 is off.
+        statistics_images: images on which the latents' mean and variance are measured, for a
+            published autoencoder and for averaged weights.
+        collapse: when the codebook is given up.
+        precision: of convolutions; auto is bf16 where the machine has instructions for it, else
+            fp32.
+        timeout: seconds after which a rank that does nothing ends the job.
+        wandb: project of Weights & Biases to log to, "" for none.
+    """
+
+    steps: int = field(default=5000, metadata={"min": 3})
+    codebook_share: float = field(default=0.04, metadata={"min": 0.0, "max": 0.5})
+    decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.5})
+    autoencoder_from: str | None = None
+    lr: float = field(default=1e-3, metadata={"min": 0.0})
+    batch_size: int = field(default=64, metadata={"min": 2})
+    codebook_batch: int = field(default=512, metadata={"min": 1})
+    latent_noise: float = field(default=0.2, metadata={"min": 0.0})
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: float = field(default=0.0, metadata={"min": 0.0, "max": 0.999999})
+    statistics_images: int = field(default=8192, metadata={"min": 1})
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    precision: Precision = "auto"
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
+    threads: int = field(default=2, metadata={"min": 1})
+    timeout: float = field(default=600.0, metadata={"min": 1.0})
+    wandb: str = ""
+
+    def phases(self, frozen: bool) -> Phases:
+        """The phases, the first left out where the autoencoder is another's."""
+        decoder = round(self.steps * self.decoder_share)
+        if frozen:
+            return Phases(0, self.steps - decoder, decoder)
+        codebook = max(1, round(self.steps * self.codebook_share))
+        return Phases(max(1, self.steps - codebook - decoder), codebook, decoder)
+
+
+class TokenizerTrainer:
+    """The state of a run: tokeniser, optimisers, codebook fit, data and the number of steps done.
+
+    Raises:
+        RecipeError: the parts of the tokeniser do not fit together.
+        CheckpointError: an autoencoder or a network to judge by cannot be loaded.
+    """
+
+    def __init__(
+        self, config: ImageTokenizerConfig, training: ImageTokenizerTraining, data: Images
+    ) -> None:
+        torch.manual_seed(training.seed)
+        self.training, self.data, self.step = training, data, 0
+        self.device = machine.device()
+        self.tokenizer = make_tokenizer(config, training)
+        self.phases = training.phases(bool(self._source) or bool(training.autoencoder_from))
+        self.tokenizer.to(self.device)
+        self.autoencoder = self.tokenizer.autoencoder.to(
+            memory_format=torch.channels_last  # type: ignore[call-overload]
+        )
+        self.fit = CodebookFit(self.tokenizer.codebook)
+        self.optimizer = torch.optim.AdamW(
+            self.autoencoder.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+        size = config.autoencoder.image_size
+        self.reconstruction: Reconstruction | None = None
+        if self.phases.autoencoder or self.phases.decoder:
+            self.reconstruction = Reconstruction(training.loss, size, self.device)
+        self.average = Average(self.autoencoder, training.ema) if training.ema else None
+
+    @property
+    def _source(self) -> str:
+        """The hash of a published autoencoder, empty for our own."""
+        config = self.tokenizer.config.autoencoder
+        return config.sha256 if isinstance(config, PublishedConfig) else ""
+
+    def describe(self) -> str:
+        """One line about the size of things."""
+        count = sum(p.numel() for p in self.autoencoder.parameters())
+        dtype = machine.matrix_dtype(self.training.precision, self.device)
+        ranks = distributed.world_size()
+        return (
+            f"autoencoder of {count / 1e6:.1f}M parameters{', frozen' * bool(self._source)},"
+            f" {self.data.describe()}, {self.device.type} {str(dtype).removeprefix('torch.')}"
+            + (f", {ranks} ranks" if ranks > 1 else "")
+        )
+
+    @staticmethod
+    def shown(phase: str, figures: dict[str, float]) -> dict[str, str]:
+        """The few figures to show: the loss, and how the codebook is used where it is fitted."""
+        usage = [v for name, v in figures.items() if name.startswith("codebook_usage/")]
+        shown = {phase: f"{figures[f'loss/{phase}']:.4f}"}
+        if usage:
+            dead = sum(int(v) for name, v in figures.items() if name.startswith("dead_codes/"))
+            shown |= {"usage": f"{min(usage):.0%}..{max(usage):.0%}", "dead": str(dead)}
+        return shown
+
+    def state(self) -> dict[str, Any]:
+        """What an exact resume needs beside the tokeniser's own weights. All ranks must call it."""
+        return {
+            "step": self.step,
+            "source": self._source,
+            "data": self.data.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "fit": self.fit.state(),
+            "loss": self.reconstruction.state() if self.reconstruction else {},
+            "average": self.average.tensors if self.average else {},
+        }
+
+    def restore(self, path: Path) -> None:
+        """Goes back to where the checkpoint at `path` was taken.
+
+        Raises:
+            CheckpointError: it is damaged, of another model or of another version.
+        """
+        state = checkpoint.state_of(path)
+        needed = {"step", "source", "data", "optimizer", "fit", "loss", "average"}
+        if missing := needed - state.keys():
+            raise CheckpointError(
+                f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
+                " mmrdpm that wrote it, or begin anew"
+            )
+        if state["source"] != self._source:
+            raise CheckpointError(
+                f"{path}: was begun on a published autoencoder with SHA-256"
+                f" {state['source'][:12]}..., which is now {self._source[:12]}...: put the old one"
+                " back, or begin anew"
+            )
+        weights.load_into(self.tokenizer, path)
+        self.step = state["step"]
+        self.data.restore(state["data"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fit.restore(state["fit"])
+        if self.reconstruction:
+            self.reconstruction.restore(state["loss"])
+        if self.average:
+            self.average.restore(state["average"])
+
+    def run(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Makes the remaining updates; yields the phase and the losses of each, of all ranks.
+
+        Raises:
+            TrainingError: a loss is no number.
+        """
+        phases, plan = self.phases, self.training
+        while self.step < plan.steps:
+            generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
+            if self.step == phases.autoencoder:
+                self._settle(generator)
+            if self.step < phases.autoencoder:
+                phase, losses = "autoencoder", self._train_autoencoder(generator)
+            elif self.step < phases.autoencoder + phases.codebook:
+                phase, losses = "codebook", self._fit_codebook(generator)
+            else:
+                phase, losses = "decoder", self._train_decoder(generator)
+            self.step += 1
+            if not all(map(math.isfinite, losses.values())):
+                raise TrainingError(
+                    f"step {self.step}: the loss of the {phase} is no number ({losses}): lower"
+                    " train.lr or train.loss.adversarial, and go on from the last checkpoint"
+                )
+            if self.step == plan.steps and phase == "decoder":
+                self._take_average()
+            yield phase, losses
+
+    def _settle(self, generator: torch.Generator) -> None:
+        """Makes the encoder what it stays: averaged weights, and latents of variance 1."""
+        learned = self.phases.autoencoder > 0
+        if learned:
+            self._take_average()
+        if (learned and self.average) or (self._source and not self.training.autoencoder_from):
+            self.autoencoder.normalise.set(*self._statistics(generator))
+
+    def _take_average(self) -> None:
+        if self.average:
+            with torch.no_grad():
+                for name, parameter in self.autoencoder.named_parameters():
+                    parameter.copy_(self.average.tensors[name])
+
+    @torch.no_grad()
+    def _statistics(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the latents per channel, over all ranks: float64 `[C]` each."""
+        self.autoencoder.eval()
+        sums = torch.zeros(3, self.tokenizer.latent_channels, dtype=torch.float64)
+        for _ in range(math.ceil(self.training.statistics_images / self.training.batch_size)):
+            images = self._images(self.data.images(self.training.batch_size, generator))
+            for part in images.split(self._chunk):
+                with self._autocast():
+                    x = self.autoencoder.raw_latents(part)
+                x = x.double().transpose(0, 1).flatten(1).cpu()
+                sums += torch.stack([torch.ones_like(x), x, x.square()]).sum(2)
+        count, first, second = distributed.sum_over_ranks(sums.to(self.device))
+        return first / count, second / count - (first / count).square()
+
+    def _train_autoencoder(self, generator: torch.Generator) -> dict[str, float]:
+        """Reconstruction through noisy latents."""
+        images = self._images(self.data.images(self.training.batch_size, generator))
+        self.autoencoder.train()
+        with self._autocast():
+            latents = self.autoencoder.encode(images)
+            noise = self.training.latent_noise * self._noise(latents, generator)
+            output = self.autoencoder.decode(latents + noise)
+        return self._update(output, images, self.step / self.phases.autoencoder)
+
+    @torch.no_grad()
+    def _fit_codebook(self, generator: torch.Generator) -> dict[str, float]:
+        """One pass over whole trajectories from fresh noise; the loss is the latent error."""
+        _, latents = self._encoded(self.training.codebook_batch, generator)
+        trajectory = self.tokenizer.trajectory
+        noise = self._noise(latents, generator, trajectory.num_noises)
+        state = trajectory.start(noise)
+        for timestep in range(trajectory.num_timesteps, 0, -1):
+            residual = trajectory.residual(latents, noise, state, timestep)
+            state = state + self.fit.observe(residual, timestep, generator)
+        if self.step - self.phases.autoencoder < self.phases.codebook // 2:
+            self.fit.tie()
+        return _means({"codebook": (state - latents).square().mean()})
+
+    def _train_decoder(self, generator: torch.Generator) -> dict[str, float]:
+        """Reconstruction from the codes, and from the clean latents, by the decoder alone."""
+        images, latents = self._encoded(self.training.batch_size, generator)
+        images = self._images(images)
+        trajectory, codebook = self.tokenizer.trajectory, self.tokenizer.codebook
+        noise = self._noise(latents, generator, trajectory.num_noises)
+        _, states = encode(trajectory, codebook, latents, noise)
+        with self._autocast():
+            output = self.autoencoder.decode(torch.cat([states[0], latents]))
+        done = self.step - self.phases.autoencoder - self.phases.codebook
+        return self._update(output, torch.cat([images, images]), done / self.phases.decoder)
+
+    def _update(self, output: Tensor, images: Tensor, progress: float) -> dict[str, float]:
+        """One step of AdamW; the learning rate falls as a cosine over the phase's progress."""
+        assert isinstance(self.autoencoder, Autoencoder) and self.reconstruction
+        warmup = min(1.0, (progress * self.training.steps + 1) / 50)
+        lr = self.training.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        last = self.autoencoder.last_layer
+        with self._autocast():
+            total, parts = self.reconstruction.loss(output, images, last, self.step)
+        self.optimizer.zero_grad()
+        total.backward()
+        distributed.average_gradients(self.autoencoder.parameters())
+        self.optimizer.step()
+        if self.average:
+            self.average.update(self.step)
+        with self._autocast():
+            parts |= self.reconstruction.learn(output, images, self.step)
+        phase = "autoencoder" if self.step < self.phases.autoencoder else "decoder"
+        return _means({phase: total.detach(), **parts})
+
+    def _autocast(self) -> torch.autocast:
+        dtype = machine.matrix_dtype(self.training.precision, self.device)
+        return machine.autocast(dtype, self.device)
+
+    def _images(self, images: Tensor) -> Tensor:
+        return images.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def _noise(self, latents: Tensor, generator: torch.Generator, num_noises: int = 0) -> Tensor:
+        """This rank's share of the noise of all: like latents `[B, *grid, C]`, or so many."""
+        rank, ranks = distributed.rank(), distributed.world_size()
+        shape = (len(latents) * ranks, *latents.shape[1:])
+        noise = torch.randn((num_noises or 1, *shape), generator=generator)[:, rank::ranks]
+        return (noise if num_noises else noise[0]).to(self.device)
+
+    @property
+    def _chunk(self) -> int:
+        size = self.tokenizer.image_size
+        return max(1, min(_ENCODED_IMAGES, _ENCODED_PIXELS // size**2))
+
+    def _encoded(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.data.encoded(count, generator, self._encode)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """Latents with the stored statistics, as at inference: float32."""
+        self.autoencoder.eval()
+        with self._autocast():
+            chunks = [
+                self.autoencoder.encode(chunk.to(self.device)).float()
+                for chunk in images.split(self._chunk)
+            ]
+        return torch.cat(chunks)
+
+
+def make_tokenizer(
+    config: ImageTokenizerConfig, training: ImageTokenizerTraining
+) -> ImageTokenizer:
+    """A new tokeniser, on the autoencoder that the recipe names if it names one.
+
+    Raises:
+        RecipeError: that one is of another shape, or is to learn although it is published.
+        CheckpointError: it cannot be loaded.
+    """
+    if isinstance(config.autoencoder, PublishedConfig):
+        if training.decoder_share:
+            raise RecipeError(
+                f"train.decoder_share is {training.decoder_share}, but a published autoencoder"
+                " stays as it is: set it to 0"
+            )
+        if training.ema or training.loss != LossConfig():
+            raise RecipeError(
+                "train.ema and train.loss are for an autoencoder that learns, and a published one"
+                " stays as it is: leave them out"
+            )
+        autoencoder, tensors = published.fetch(config.autoencoder)
+        tokenizer = ImageTokenizer(replace(config, autoencoder=autoencoder))
+        assert isinstance(tokenizer.autoencoder, PublishedAutoencoder)
+        tokenizer.autoencoder.model.load_state_dict(tensors)
+        tokenizer.autoencoder.check()
+    else:
+        tokenizer = ImageTokenizer(config)
+    if training.autoencoder_from:
+        adopt_autoencoder(tokenizer, training.autoencoder_from)
+    return tokenizer
+
+
+def adopt_autoencoder(tokenizer: ImageTokenizer, source: str) -> None:
+    """Copies the autoencoder of the tokeniser of that name or folder.
+
+    Raises:
+        RecipeError: it has another shape.
+        MmrdpmError: there is no such tokeniser, or it is damaged.
+    """
+    theirs = image_tokenizer.load(shipped.resolve("tokenizers", source))
+    wanted, found = tokenizer.config.autoencoder, theirs.config.autoencoder
+    if wanted != found:
+        raise RecipeError(
+            f"train.autoencoder_from: {source} has {found}, but tokenizer.autoencoder is {wanted}:"
+            " make them equal"
+        )
+    tokenizer.autoencoder.load_state_dict(theirs.autoencoder.state_dict())
+
+
+def _means(losses: dict[str, Tensor]) -> dict[str, float]:
+    values = distributed.mean_over_ranks(torch.stack([v.float() for v in losses.values()]))
+    return dict(zip(losses, values.tolist(), strict=True))
