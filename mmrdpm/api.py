@@ -86,14 +86,17 @@ def identity(images: ImageTokenizer, texts: TextTokenizer) -> dict[str, Any]:
     }
 
 
+def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    """Raises CheckpointError unless weights were trained with a vocabulary of these sizes."""
+    saved = weights.metadata(path).get("vocabulary")
+    if saved is not None:
+        vocabulary.check_same(recipe.from_dict(Vocabulary, saved, str(path)), str(path))
+
+
 def check_identity(path: Path, images: ImageTokenizer, texts: TextTokenizer) -> None:
     """Raises CheckpointError unless the weights at `path` belong to the tokenizers."""
+    check_vocabulary(path, Vocabulary(texts.size, images.codebook_size))
     saved, here = weights.metadata(path), identity(images, texts)
-    if "vocabulary" in saved:
-        vocabulary = recipe.from_dict(Vocabulary, here["vocabulary"], "here")
-        vocabulary.check_same(
-            recipe.from_dict(Vocabulary, saved["vocabulary"], str(path)), str(path)
-        )
     for kind, known in saved.get("tokenizers", {}).items():
         if here["tokenizers"].get(kind) != known:
             raise CheckpointError(

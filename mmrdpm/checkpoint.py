@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmrdpm import recipe, shipped, weights
+from mmrdpm import hub, recipe, weights
 from mmrdpm.errors import CheckpointError
 
 RECIPE_FILE = "recipe.yaml"
@@ -75,11 +75,17 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
         )
 
 
-def record(run: Path, resolved: Any, tokenizers: Mapping[str, Path]) -> None:
+def record(
+    run: Path,
+    resolved: Any,
+    tokenizers: Mapping[str, Path],
+    files: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Makes a run begin: copies its tokenizers, then writes its recipe, which is what says so.
 
     Args:
         tokenizers: places in the run's folder, and the folders that are copied there.
+        files: by place, those that are copied where it is not the whole folder.
 
     Raises:
         CheckpointError: something could not be written.
@@ -90,7 +96,8 @@ def record(run: Path, resolved: Any, tokenizers: Mapping[str, Path]) -> None:
     try:
         for place, source in tokenizers.items():
             shutil.rmtree(run / place, ignore_errors=True)  # what a killed start has left
-            shutil.copytree(source, run / place)
+            only = (files or {}).get(place)
+            shutil.copytree(source, run / place, ignore=_all_but(only) if only else None)
         partial = path.with_name(path.name + ".partial")
         recipe.dump(resolved, partial)
         partial.replace(path)
@@ -99,14 +106,21 @@ def record(run: Path, resolved: Any, tokenizers: Mapping[str, Path]) -> None:
         raise CheckpointError(f"{run}: the run could not begin: {reason}: make room") from None
 
 
-def tokenizer(run: Path, place: str, name: str) -> Path:
+def _all_but(kept: Sequence[str]) -> Callable[[Any, list[str]], list[str]]:
+    return lambda _, names: [name for name in names if name not in kept]
+
+
+def tokenizer(run: Path, place: str, name: str, files: Sequence[str] = ()) -> Path:
     """The folder of a tokeniser: the run's own copy once it has begun, else the one of that name.
 
+    Args:
+        files: those to fetch where the name is a hub id.
+
     Raises:
-        CheckpointError: it is no folder.
+        CheckpointError: it is no folder, or the hub cannot be reached.
     """
     own = (run / RECIPE_FILE).exists() and (run / place).is_dir()
-    source = run / place if own else shipped.resolve("tokenizers", name)
+    source = run / place if own else hub.resolve("tokenizers", name, files)
     if not source.is_dir():
         raise CheckpointError(f"{source}: a tokeniser is a folder, not a file")
     return source

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mmrdpm import machine, recipe, shipped, text_tokenizer
+from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.attention import backend
 from mmrdpm.data.loader import Loader
 from mmrdpm.errors import MmrdpmError
@@ -91,7 +91,7 @@ def _packages() -> Iterator[Line]:
 
 def _recipe(path: Path, overrides: list[str]) -> Iterator[Line]:
     try:
-        loaded = recipe.load(ModelRecipe, path, overrides)
+        loaded = pretrained.complete(recipe.load(ModelRecipe, path, overrides))
         yield Line("recipe", f"{path}: fits its schema")
         yield Line("attention", f"{backend.resolve(loaded.train.attention, machine.device())}")
         yield from _data(loaded)
@@ -103,7 +103,8 @@ def _recipe(path: Path, overrides: list[str]) -> Iterator[Line]:
 def _data(loaded: ModelRecipe) -> Iterator[Line]:
     """Makes the first batch, as a run would."""
     images = image_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.image))
-    texts = text_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.text))
+    files = text_tokenizer.FILES
+    texts = text_tokenizer.load(hub.resolve("tokenizers", loaded.tokenizers.text, files))
     vocabulary = Vocabulary(texts.size, images.codebook_size)
     yield Line("tokenizers", f"{texts.size} text ids, {images.codebook_size} image codes")
     loader = Loader(loaded.data, loaded.train.seed, images, texts, vocabulary)

@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mmrdpm import machine, recipe, shipped, text_tokenizer
+from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.api import build
 from mmrdpm.attention import sdpa
 from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed
 from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
-from mmrdpm.errors import UsageError
+from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.optim import Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import ModelRecipe
@@ -138,6 +138,8 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     if rows % gpus:
         raise UsageError(f"data.rows is {rows}, no multiple of {gpus} GPUs: change one of them")
     machine.prepare(loaded.train.threads)
+    if pretrained.lacks_shape(loaded.model):
+        loaded = pretrained.complete(loaded)
     images, vocabulary = _tokenizers(loaded)
     with torch.device("meta"):
         model = build(loaded.model, vocabulary, images)
@@ -209,12 +211,26 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def _tokenizers(loaded: ModelRecipe) -> tuple[ImageTokenizer, Vocabulary]:
-    folder = shipped.resolve("tokenizers", loaded.tokenizers.image)
-    spec = recipe.load(ImageTokenizerConfig, folder / SPEC_FILE)
+    """The image tokeniser without weights, of which nothing but the spec is needed."""
     with torch.device("meta"):
-        images = ImageTokenizer(spec)
-    texts = text_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.text))
-    return images, Vocabulary(texts.size, images.codebook_size)
+        images = ImageTokenizer(_image_spec(loaded.tokenizers.image))
+    text = hub.resolve("tokenizers", loaded.tokenizers.text, text_tokenizer.FILES)
+    return images, Vocabulary(text_tokenizer.load(text).size, images.codebook_size)
+
+
+def _image_spec(name: str) -> ImageTokenizerConfig:
+    """The spec in a tokeniser's folder, or in the recipe (a .yaml file) that is to train it."""
+    if name.endswith(".yaml"):
+        path = shipped.resolve("recipes", name)
+        section = recipe.read(path).get("tokenizer") or {}
+        return recipe.from_dict(ImageTokenizerConfig, section, f"{path}: tokenizer")
+    try:
+        folder = shipped.resolve("tokenizers", name)
+    except MmrdpmError as error:
+        raise UsageError(
+            f"{error}; before it is trained, plan with its recipe: tokenizers.image=RECIPE.yaml"
+        ) from None
+    return recipe.load(ImageTokenizerConfig, folder / SPEC_FILE)
 
 
 def _positions(images: ImageTokenizer) -> int:

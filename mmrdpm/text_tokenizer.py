@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +20,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmrdpm.errors import CheckpointError, DataError
 
+FILES = ("tokenizer.json", "tokenizer.model")
+"""What a text tokeniser's folder holds, one of the two."""
+
 
 class TextTokenizer(ABC):
-    """Any Unicode string survives `decode(encode(text))` byte for byte."""
+    """Any Unicode string survives `decode(encode(text))` byte for byte, see `BPE` for one limit."""
 
     file_name: str
 
@@ -67,22 +71,29 @@ class TextTokenizer(ABC):
 
 
 class BPE(TextTokenizer):
-    """Byte-level byte-pair encoding (GPT-2), by the library `tokenizers`."""
+    """Byte-level byte-pair encoding (GPT-2), by the library `tokenizers`.
+
+    The file may come with a language model. The tokens that were added to its BPE (`<|im_end|>`)
+    keep their ids, but no text is encoded as one. If the file normalises (Qwen's: to NFC), so does
+    `encode`, and what `decode` gives is the normalised text.
+    """
 
     file_name = "tokenizer.json"
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
         self.model = model
+        self._plain = _without_added_tokens(model)
+        self._size = 1 + max(model.get_vocab().values(), default=-1)
 
     @property
     def size(self) -> int:
-        return self.model.get_vocab_size()
+        return self._size
 
     def serialise(self) -> bytes:
         return self.model.to_str(pretty=True).encode()
 
     def _encode(self, text: str) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=False)
@@ -125,6 +136,14 @@ class SentencePiece(TextTokenizer):
         for plain, escaped in reversed(cls._ESCAPES.items()):
             text = text.replace(escaped, plain)
         return text
+
+
+def _without_added_tokens(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokeniser, to which text that looks like an added token is plain text."""
+    if not model.get_added_tokens_decoder():
+        return model
+    spec = json.loads(model.to_str())
+    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
 
 
 def load(folder: Path) -> TextTokenizer:

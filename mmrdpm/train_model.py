@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmrdpm import api, checkpoint, distributed, machine, text_tokenizer, weights
+from mmrdpm import api, checkpoint, distributed, machine, pretrained, text_tokenizer, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, Model, build
 from mmrdpm.attention import backend
 from mmrdpm.attention.backend import Name
@@ -40,7 +40,7 @@ from mmrdpm.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Names of shipped tokenizers, or folders."""
+    """Names of shipped tokenizers, or folders; for texts also hub ids."""
 
     image: str = "emoji-rdpm-32"
     text: str = "emoji-bpe-4k"
@@ -143,10 +143,13 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     machine.prepare(recipe.train.threads)
     with distributed.joined(recipe.train.timeout):
         resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
-        distributed.first(lambda: checkpoint.begin(run, recipe, resume, MACHINE_KEYS))
+        distributed.first(
+            lambda: checkpoint.begin(run, pretrained.complete(recipe, run), resume, MACHINE_KEYS)
+        )
         trainer = Trainer(recipe, run)
-        distributed.first(lambda: checkpoint.record(run, recipe, trainer.tokenizers))
-        return _loop(recipe, run, trainer)
+        files = {TEXT_TOKENIZER: text_tokenizer.FILES}
+        distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers, files))
+        return _loop(trainer.recipe, run, trainer)
 
 
 def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
@@ -186,15 +189,18 @@ class Trainer:
     """The state of a run: weights, optimisers, place in the data and the number of updates."""
 
     def __init__(self, recipe: ModelRecipe, run: Path) -> None:
-        plan = recipe.train
-        self.recipe, self.step = recipe, 0
+        recipe = pretrained.complete(recipe, run)
+        self.recipe, self.step, plan = recipe, 0, recipe.train
         if recipe.data.rows % distributed.world_size():
             raise RecipeError(
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
                 " change one of them"
             )
-        names = {IMAGE_TOKENIZER: recipe.tokenizers.image, TEXT_TOKENIZER: recipe.tokenizers.text}
-        self.tokenizers = {p: checkpoint.tokenizer(run, p, name) for p, name in names.items()}
+        kinds = {
+            IMAGE_TOKENIZER: (recipe.tokenizers.image, ()),
+            TEXT_TOKENIZER: (recipe.tokenizers.text, text_tokenizer.FILES),
+        }
+        self.tokenizers = {p: checkpoint.tokenizer(run, p, *kind) for p, kind in kinds.items()}
         self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER])
         self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
@@ -213,6 +219,9 @@ class Trainer:
             self.device,
             self.dtype,
         )
+        self.origin = ""
+        if (name := recipe.model.init_from) and checkpoint.newest(run) is None:
+            self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)
         if plan.compile and self.device.type == "cuda":
             self.transformer.compile_layers()
         self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype)
@@ -250,6 +259,7 @@ class Trainer:
             f" {self.device.type} {str(self.dtype).removeprefix('torch.')},"
             f" attention {self.attention}"
             + (f", {ranks} ranks ({self.parallel.mode})" if ranks > 1 else "")
+            + (f", {self.origin}" if self.origin else "")
         )
 
     def update(self) -> bool:

@@ -4,6 +4,7 @@ Design choices: pre-norm RMSNorm without weights; SwiGLU; QK-norm; grouped-query
 biases; RoPE over (slot, place in the grid); one table both embeds token ids and scores all of the
 shared vocabulary; image positions enter by one linear map of `(x_t, x_T)` plus an embedding of t;
 projections that write to the residual stream start at zero, so that the stack starts as identity.
+The keys from `attention_width` on differ from that as a language model does, see `language_model`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,17 @@ class TransformerConfig:
         sees_start_noise: whether image positions enter with `x_T` beside `x_t`.
         history: whether a noisy block sees those of its image's earlier steps. Drawing shows all
             of them: learn all timesteps of an image at once, `data.steps_per_image` = T.
+        init_from: weights to begin with, see `pretrained`: a language model's folder or hub id, or
+            an earlier run. The shape is then that model's and can be left out.
+        attention_width: of all queries of a position together; 0 is `width`.
+        norm_weights: whether norms, those of queries and keys too, scale each channel.
+        norm_eps: what norms add to the mean square; None is the machine epsilon.
+        norm_inputs: whether positions enter the stack with a mean square of 1.
+        rope: `split` has channel pairs of its own for each axis, every axis at all frequencies;
+            `shifted` turns all pairs by the slot, as for text alone, and every other pair by the
+            place in the grid besides.
+        rope_base: the longest wavelength is nearly `2 pi rope_base` positions.
+        tied: whether the table that embeds token ids also scores them.
     """
 
     layers: int = field(default=6, metadata={"min": 1})
@@ -46,17 +58,45 @@ class TransformerConfig:
     ffn: int = field(default=704, metadata={"min": 8})
     sees_start_noise: bool = True
     history: bool = False
+    init_from: str = ""
+    attention_width: int = field(default=0, metadata={"min": 0})
+    norm_weights: bool = False
+    norm_eps: float | None = field(default=None, metadata={"min": 0.0})
+    norm_inputs: bool = True
+    rope: Literal["split", "shifted"] = "split"
+    rope_base: float = field(default=10_000.0, metadata={"min": 1.0})
+    tied: bool = True
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
+        width = self.attention_width or self.width
+        if width % self.heads or self.heads % self.kv_heads:
+            name = "attention_width" if self.attention_width else "width"
             raise RecipeError(
-                f"model: heads ({self.heads}) must divide width ({self.width}) into even parts, and"
-                f" kv_heads ({self.kv_heads}) must divide heads"
+                f"model: heads ({self.heads}) must divide {name} ({width}), and kv_heads"
+                f" ({self.kv_heads}) must divide heads"
+            )
+        if self.head_dim % 2:
+            raise RecipeError(
+                f"model: a head has {self.head_dim} channels, but RoPE turns them in pairs: change"
+                " width or heads"
             )
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return (self.attention_width or self.width) // self.heads
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4) of the last dimension."""
+
+    def __init__(self, config: TransformerConfig, width: int) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(width)) if config.norm_weights else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = rms_norm(x, x.shape[-1:], eps=self.eps)
+        return normed if self.weight is None else normed * self.weight.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -67,18 +107,30 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         all_heads = config.heads + 2 * config.kv_heads
         self.qkv = nn.Linear(config.width, all_heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.eps, self.q_norm, self.k_norm = config.norm_eps, None, None
+        if config.norm_weights:
+            self.q_norm = nn.Parameter(torch.empty(config.head_dim))
+            self.k_norm = nn.Parameter(torch.empty(config.head_dim))
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         return self.out(attend(*self.project(x, rotation)).flatten(-2))
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[R, S, width]` -> turned q `[R, S, H, D]` and k, and v, `[R, S, G, D]`."""
-        heads, kv_heads = self.heads, self.kv_heads
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=-2)
-        q, k = rotate(rms_norm(qk, (self.head_dim,)), rotation).split((heads, kv_heads), dim=-2)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
+        turned = rotate(self.normalise(qk), rotation)
+        q, k = turned.split((self.heads, self.kv_heads), dim=-2)
         return q, k, v
+
+    def normalise(self, qk: Tensor) -> Tensor:
+        """QK-norm (Henry et al. 2020, arXiv 2010.04245) of `[R, S, H + G, D]`, q first."""
+        normed = rms_norm(qk, (self.head_dim,), eps=self.eps)
+        if self.q_norm is None or self.k_norm is None:
+            return normed
+        weights = [self.q_norm.expand(self.heads, -1), self.k_norm.expand(self.kv_heads, -1)]
+        return normed * torch.cat(weights).to(normed.dtype)
 
 
 class FeedForward(nn.Module):
@@ -110,6 +162,10 @@ class Transformer(nn.Module):
         self.timesteps = nn.Embedding(num_timesteps + 1, config.width)
         self.attentions = nn.ModuleList(Attention(config) for _ in range(config.layers))
         self.feed_forwards = nn.ModuleList(FeedForward(config) for _ in range(config.layers))
+        # before each attention and each feed-forward, in their order, and after the last
+        self.norms = nn.ModuleList(Norm(config, config.width) for _ in range(2 * config.layers + 1))
+        if not config.tied:
+            self.unembedding = nn.Linear(config.width, vocab_size, bias=False)
         self.reset()
 
     def reset(self) -> None:
@@ -126,25 +182,27 @@ class Transformer(nn.Module):
         return self.run(x, packed.positions, lambda _, q, k, v: attend(q, k, v))
 
     def embed(self, token_ids: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """One vector per position, `[R, S, width]`, of unit mean square."""
+        """One vector per position, `[R, S, width]`, with `norm_inputs` of unit mean square."""
         seen = latents[..., : self.from_latents.in_features]  # x_t first, then x_T
         image = self.from_latents(seen) + self.timesteps(timesteps.clamp(min=0))
         text = self.table(token_ids)
         mixed = torch.where((timesteps >= 0)[..., None], image.to(text.dtype), text)
-        return rms_norm(mixed, (self.config.width,))
+        return rms_norm(mixed, (self.config.width,)) if self.config.norm_inputs else mixed
 
     def run(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The stack on embedded positions; `attend` may keep keys and values per layer."""
-        rotation = rotations(positions, self.config.head_dim)
-        for index in range(self.config.layers):
+        config = self.config
+        turn = shifted_rotations if config.rope == "shifted" else rotations
+        rotation = turn(positions, config.head_dim, config.rope_base)
+        for index in range(config.layers):
             x = self.once_or_twice(self.layer, index, x, rotation, attend)
-        return rms_norm(x, (self.config.width,))
+        return self.norms[-1](x)
 
     def layer(self, index: int, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
         """One layer of the stack: attention and feed-forward, each beside the residual stream."""
-        width = (self.config.width,)
-        x = x + self.attentions[index](rms_norm(x, width), rotation, partial(attend, index))
-        return x + self.feed_forwards[index](rms_norm(x, width))
+        before, between = self.norms[2 * index], self.norms[2 * index + 1]
+        x = x + self.attentions[index](before(x), rotation, partial(attend, index))
+        return x + self.feed_forwards[index](between(x))
 
     def once_or_twice(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function; with `recompute` its backward pass calls it again, to save memory."""
@@ -160,15 +218,18 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
         """Hidden states `[..., width]` -> scores of token ids `[..., V]`, or only of some."""
-        return linear(hidden, self.table.weight[ids])
+        scores = self.table if self.config.tied else self.unembedding
+        return linear(hidden, scores.weight[ids])
 
 
 @torch.no_grad()
 def initialise(name: str, parameter: Tensor) -> None:
     """Draws one parameter, by its name, from torch's global generator."""
-    if name.endswith(("out.weight", "down.weight")):
+    if parameter.ndim == 1:  # of a norm
+        nn.init.ones_(parameter)
+    elif name.endswith(("out.weight", "down.weight")):
         nn.init.zeros_(parameter)
-    elif name.startswith(("table", "timesteps")):
+    elif name.startswith(("table", "timesteps", "unembedding")):
         nn.init.normal_(parameter, std=0.02)
     else:
         nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -192,8 +253,27 @@ def rotations(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tenso
     axis[slots:] = 1 + (place[slots:] - slots) * axes // (pairs - slots)
     rank = (axis[None] == axis[:, None]).tril(-1).sum(1)  # of a pair among those of its axis
     share = (axis[None] == axis[:, None]).sum(1)
-    frequency = base ** (-rank / share)
-    angle = positions[..., axis] * frequency
+    return _turns(positions[..., axis] * base ** (-rank / share))
+
+
+def shifted_rotations(positions: Tensor, head_dim: int, base: float) -> Tensor:
+    """RoPE as of text alone, in which the place in a grid shifts every other channel pair.
+
+    Pair j turns by `(slot + shift) base^(-2 j / head_dim)` (Su et al. 2021, arXiv 2104.09864, eq.
+    15); the shift is 0 for even j and a place on the grid's axes in turn for odd j, so that all
+    axes have fast and slow pairs (after Qwen2-VL's M-RoPE, arXiv 2409.12191, section 2.1).
+
+    Args, Returns: see `rotations`.
+    """
+    pairs, axes = head_dim // 2, positions.shape[-1] - 1
+    place = torch.arange(pairs, device=positions.device)
+    axis = torch.where(place % 2 == 0, 0, 1 + place // 2 % axes)
+    slot, grid = positions[..., :1], positions[..., 1:]
+    places = torch.cat([slot, slot + grid], dim=-1)
+    return _turns(places[..., axis] * base ** (-place / pairs))
+
+
+def _turns(angle: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)[:, :, None]
 
 

@@ -64,6 +64,18 @@ def metadata(path: Path) -> dict[str, Any]:
         return _metadata_of(file)
 
 
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, which are not read, see `load`."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def tensor(path: Path, name: str) -> Tensor:
+    """One tensor alone, see `load`."""
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
 def _metadata_of(file: Any) -> dict[str, Any]:
     return json.loads((file.metadata() or {}).get(_METADATA, "{}"))
 

@@ -8,11 +8,11 @@ import mmrdpm
 PACKAGE = Path(mmrdpm.__file__).parent
 
 FLOORS = [
-    {"errors", "recipe", "shipped", "machine", "distributed"},
+    {"errors", "recipe", "shipped", "hub", "machine", "distributed"},
     {"weights", "rdpm", "text_tokenizer", "vocabulary", "attention"},
-    {"document", "transformer", "objective", "data"},
+    {"document", "transformer", "objective", "data", "language_model"},
     {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},
-    {"api"},
+    {"api", "pretrained"},
     {"train_tokenizer", "tokenizer_trainer", "train_model", "evaluation"},
     {"bench", "export", "quickstart", "sweep", "plan", "doctor"},
     {"cli", "__main__"},

@@ -1,16 +1,63 @@
 """Every shipped recipe and suite fits its schema, and says in its header how to run it."""
 
-import pytest
+import json
+import re
 
-from mmrdpm import recipe, shipped
+import pytest
+import tokenizers
+import torch
+import yaml
+from tokenizers import models
+
+from mmrdpm import hub, recipe, shipped
+from mmrdpm.api import build
+from mmrdpm.data import sources
 from mmrdpm.errors import MmrdpmError
 from mmrdpm.evaluation import suite
+from mmrdpm.language_model import LanguageModel
+from mmrdpm.plan import make_plan
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import ModelRecipe
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, TextTokenizerRecipe
+from mmrdpm.vocabulary import SPECIALS, Vocabulary
 
 SCHEMAS = {"image": ImageTokenizerRecipe, "text": TextTokenizerRecipe, "model": ModelRecipe}
 RECIPES = sorted(shipped.folder("recipes").glob("*.yaml"))
 SUITES = sorted(shipped.folder("eval").glob("*.yaml"))
+LARGE = [p for p in RECIPES if p.stem.startswith(("imagenet256", "t2i", "unified"))]
+TEXT_IDS = {  # of the published tokenizers
+    "emoji-bpe-4k": 4096,
+    "HuggingFaceTB/SmolLM2-135M": 49_152,
+    "Qwen/Qwen3-8B-Base": 151_669,
+}
+MILLIONS = {  # what the names promise, embeddings included
+    "imagenet256_b": 91,
+    "imagenet256_l": 317,
+    "imagenet256_xl": 566,
+    "t2i_256": 809,
+    "unified_1b": 1053,
+    "unified_1b_512": 1053,
+    "unified_7b": 8222,
+}
+QWEN3_8B_BASE = {  # the published config.json
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -19,7 +66,7 @@ def test_a_shipped_recipe_fits_its_schema(path):
     assert recipe.from_dict(type(loaded), recipe.to_dict(loaded), "again") == loaded
     header = path.read_text().split("kind:")[0]
     assert f"recipes/{path.name}" in header and "Hardware:" in header
-    if isinstance(loaded, ModelRecipe):
+    if isinstance(loaded, ModelRecipe) and path not in LARGE:
         shipped.resolve("tokenizers", loaded.tokenizers.image)
         shipped.resolve("tokenizers", loaded.tokenizers.text)
 
@@ -35,3 +82,137 @@ def test_shipped_things_are_found_by_name_and_by_path():
     assert by_name == shipped.resolve("recipes", "recipes/emoji_cpu.yaml").resolve()
     with pytest.raises(MmrdpmError, match="did you mean emoji_cpu"):
         shipped.resolve("recipes", "emoji_cpv")
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """In the hub's place: text tokenizers with as many ids as the published ones."""
+
+    def fetch(name, files):
+        folder = tmp_path / name
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            vocabulary = {f"{i:x}": i for i in range(TEXT_IDS[name])}
+            model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+            model.save(str(folder / "tokenizer.json"))
+        return folder
+
+    monkeypatch.setattr(hub, "_fetch", fetch)
+
+
+def tokenizer_of(side):
+    """The spec of recipes/tokenizer_256_f16.yaml, of pictures of any side."""
+    shape = {"image_size": side, "latent_channels": 16, "patch": 4, "widths": [192, 384, 768]}
+    section = {"autoencoder": {**shape, "blocks": 4}, "num_timesteps": 10, "codebook_size": 4096}
+    return recipe.from_dict(ImageTokenizerConfig, section, "spec"), {
+        "kind": "image",
+        "tokenizer": section,
+    }
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
+def test_the_size_of_a_large_model(path):
+    loaded = recipe.load(ModelRecipe, path)
+    with torch.device("meta"):
+        images = ImageTokenizer(tokenizer_of(256)[0])
+        model = build(loaded.model, Vocabulary(TEXT_IDS[loaded.tokenizers.text], 4096), images)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        MILLIONS[path.stem], abs=0.5
+    )
+
+
+def planned(path, tmp_path, layers):
+    """The plan for the GPUs that the header names, of a recipe with fewer layers."""
+    spec = tmp_path / "tokenizer.yaml"
+    spec.write_text(yaml.safe_dump(tokenizer_of(512 if "512" in path.stem else 256)[1]))
+    overrides = [f"tokenizers.image={spec}", f"model.layers={layers}"]
+    return make_plan(recipe.load(ModelRecipe, path, overrides), promised(path)[0], "h100")
+
+
+def promised(path):
+    """GPUs, hours and GB in the header."""
+    header = " ".join(path.read_text().split("kind:")[0].replace("#", "").split())
+    found = re.search(r"Hardware: (\d+) H100 .*?; (\d+) hours, (\d+) GB each", header)
+    gpus, hours, gigabytes = (int(number) for number in found.groups())
+    assert f"mmrdpm plan recipes/{path.name} --gpus {gpus} --kind h100" in header
+    assert "Expected, not measured:" in header
+    return gpus, hours, gigabytes
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
+def test_a_large_recipe_runs_dry(path, offline, tmp_path):
+    plan = planned(path, tmp_path, layers=1)
+    assert plan.tokens_per_image == (10_240 if "512" in path.stem else 2560)
+    assert plan.fits and 0 < plan.hours < promised(path)[1]
+
+
+def test_a_plan_without_the_tokenizer_says_what_to_give():
+    with pytest.raises(MmrdpmError, match=r"no-such-one: no such path.*tokenizers\.image=RECIPE"):
+        path = shipped.resolve("recipes", "imagenet256_b")
+        make_plan(recipe.load(ModelRecipe, path, ["tokenizers.image=no-such-one"]), 8, "h100")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p if p.stem == "imagenet256_xl" else pytest.param(p, marks=pytest.mark.slow) for p in LARGE],
+    ids=lambda p: p.stem,
+)
+def test_the_header_says_what_is_planned(path, offline, tmp_path, request):
+    """Hours and memory are straight lines in the number of layers: two plans give the large one."""
+    if path.stem != "imagenet256_xl" and "slow" not in request.config.option.markexpr:
+        pytest.skip("takes a minute for all: run it with -m slow")
+    three, four = (planned(path, tmp_path, layers) for layers in (3, 4))
+    more = recipe.load(ModelRecipe, path).model.layers - 3
+    _, hours, gigabytes = promised(path)
+    assert three.hours + more * (four.hours - three.hours) == pytest.approx(hours, rel=0.05, abs=1)
+    peak = three.peak + more * (four.peak - three.peak)
+    assert peak / 1e9 == pytest.approx(gigabytes, rel=0.1) and peak < three.room
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
+def test_a_large_recipe_names_sources_as_they_are_opened(path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(sources, "_open", opened.append)
+    data = recipe.load(ModelRecipe, path).data
+    for name, source in data.sources.items():
+        sources.open_source(name, source)
+    assert len(opened) == len(data.sources) > 0
+    # six documents of an image, at least, fit into a row
+    positions = 1024 if "512" in path.stem else 256
+    longest = data.max_caption_tokens + positions * data.steps_per_image
+    assert data.seq_len >= 6 * longest
+
+
+def test_a_large_recipe_takes_a_latent_cache_in_place_of_its_source():
+    cached = "data.sources={pairs: {type: cache, path: cache/pairs}}"
+    loaded = recipe.load(ModelRecipe, shipped.resolve("recipes", "imagenet256_b"), [cached])
+    assert loaded.data.sources["pairs"].type == "cache"
+
+
+def test_the_words_for_new_ids_in_headers_are_counted_right():
+    for path in LARGE:
+        header = path.read_text().split("kind:")[0]
+        if stated := re.search(r"\(ln\s+(?:#\s+)?of ([\d,]+) ids\)", header):
+            text = recipe.load(ModelRecipe, path).tokenizers.text
+            size = TEXT_IDS[text] + len(SPECIALS) + 4096
+            assert int(stated[1].replace(",", "")) == size
+
+
+def test_a_run_that_goes_on_at_another_size_has_the_shape_of_the_first():
+    first, second = (
+        recipe.load(ModelRecipe, shipped.resolve("recipes", name))
+        for name in ("unified_1b", "unified_1b_512")
+    )
+    assert second.model.init_from == "runs/unified_1b"
+    assert recipe.to_dict(first.model) | {"init_from": "runs/unified_1b"} == recipe.to_dict(
+        second.model
+    )
+    assert first.tokenizers.text == second.tokenizers.text
+
+
+def test_the_recipe_from_a_language_model_has_its_shape(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B_BASE))
+    expected = recipe.to_dict(LanguageModel(tmp_path).config)
+    loaded = recipe.load(ModelRecipe, shipped.resolve("recipes", "unified_7b"))
+    assert recipe.to_dict(loaded.model) == {**expected, "init_from": "Qwen/Qwen3-8B-Base"}
+    assert loaded.tokenizers.text == loaded.model.init_from

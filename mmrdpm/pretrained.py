@@ -1,0 +1,184 @@
+"""Beginning with weights that are there: `model.init_from`.
+
+    a language model    folder or hub id with `config.json`, `tokenizer.json`, `*.safetensors`
+    an earlier run      folder, or name of a shipped model, see `api`
+
+The shape of the transformer and the text tokeniser are theirs, so that a recipe can leave both
+out. Weights are read one after the other: no rank ever holds more than one whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmrdpm import checkpoint, hub, language_model, recipe, text_tokenizer, weights
+from mmrdpm.api import TEXT_TOKENIZER, check_vocabulary
+from mmrdpm.distributed import shard_like
+from mmrdpm.errors import CheckpointError, RecipeError
+from mmrdpm.language_model import LanguageModel
+from mmrdpm.text_tokenizer import TextTokenizer
+from mmrdpm.transformer import Transformer, TransformerConfig
+from mmrdpm.vocabulary import Vocabulary
+
+R = TypeVar("R")
+
+_SPECS = (language_model.CONFIG_FILE, checkpoint.RECIPE_FILE)
+_FREE = ("init_from", "sees_start_noise", "history")  # of the recipe, whatever it begins with
+_WAY_IN = ("from_latents.weight", "timesteps.weight")  # other image tokenisers have other latents
+
+
+class Origin(Protocol):
+    """What can be begun with."""
+
+    folder: Path
+    config: TransformerConfig
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        """Raises CheckpointError unless its weights fit its config and the vocabulary."""
+
+    def tensor(self, name: str, shape: torch.Size, vocabulary: Vocabulary) -> Tensor | None:
+        """One parameter of ours, None where it has to be drawn anew."""
+
+
+class Run:
+    """The newest checkpoint of a run folder, or a shipped model."""
+
+    def __init__(self, folder: Path) -> None:
+        spec = folder / checkpoint.RECIPE_FILE
+        section = recipe.read(spec).get("model") or {}
+        self.folder = folder
+        self.config = recipe.from_dict(TransformerConfig, section, f"{spec}: model")
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def path(self) -> Path:
+        path = checkpoint.newest(self.folder)
+        if path is None:
+            raise CheckpointError(f"{self.folder}: the run has no checkpoint yet: train it first")
+        return path
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        check_vocabulary(self.path, vocabulary)
+        self._shapes = weights.shapes(self.path)
+
+    def tensor(self, name: str, shape: torch.Size, vocabulary: Vocabulary) -> Tensor | None:
+        found = self._shapes.get(name)
+        if found == tuple(shape):
+            return weights.tensor(self.path, name)
+        if name in _WAY_IN:
+            return None
+        raise CheckpointError(
+            f"{self.path}: tensor {name!r} "
+            + (f"has shape {list(found)}, not {list(shape)}" if found else "is missing")
+            + f": it is not of the model that {checkpoint.RECIPE_FILE} beside it describes"
+        )
+
+
+def lacks_shape(config: TransformerConfig) -> bool:
+    """Whether a recipe leaves the shape to what it begins with."""
+    return bool(config.init_from) and config == _free(TransformerConfig(), config)
+
+
+def complete(loaded: R, run: Path | None = None) -> R:
+    """A model recipe in which shape and text tokeniser are what `model.init_from` says.
+
+    Args:
+        loaded: a `ModelRecipe`; without `init_from` it stays as it is.
+        run: its folder; a run that has begun knows both, and does not need its origin any more.
+
+    Raises:
+        RecipeError: the recipe gives another shape.
+        MmrdpmError: what it begins with is missing or damaged.
+    """
+    given: Any = loaded
+    name = given.model.init_from
+    if not name:
+        return loaded
+    config, text = _begun(name, run) or _described(name)
+    config = _free(config, given.model)
+    if not lacks_shape(given.model) and given.model != config:
+        raise RecipeError(
+            f"model.init_from is {name}, which has {_differences(config, given.model)}: leave the"
+            " shape out, or correct it"
+        )
+    if given.tokenizers.text == type(given.tokenizers)().text:
+        given = replace(given, tokenizers=replace(given.tokenizers, text=text))
+    return replace(given, model=config)
+
+
+@torch.no_grad()
+def begin(transformer: Transformer, name: str, vocabulary: Vocabulary, texts: TextTokenizer) -> str:
+    """Fills a transformer, whole or sharded, with the weights to begin with; says which.
+
+    Parameters that it has no weights for keep their values. All ranks must call it.
+
+    Raises:
+        CheckpointError: they are missing, damaged or not finite, do not fit the transformer, or
+            were trained with another vocabulary.
+    """
+    folder = hub.resolve("models", name, (*_SPECS, "*.safetensors", *_text_files()))
+    origin = _open(folder)
+    place = _text_folder(origin)
+    if text_tokenizer.load(place).fingerprint() != texts.fingerprint():
+        raise CheckpointError(
+            f"{name}: its text ids are those of {place}, the recipe's tokenizers.text is another"
+            f" tokenizer ({texts.size} ids): leave tokenizers.text out"
+        )
+    origin.check(vocabulary)
+    anew = []
+    for own, parameter in transformer.named_parameters():
+        whole = origin.tensor(own, parameter.shape, vocabulary)
+        if whole is None:
+            anew.append(own)
+        else:
+            weights.check_finite({own: whole}, origin.folder)
+            parameter.copy_(shard_like(whole, parameter))
+    return f"weights of {name}" + (f", drawn anew: {', '.join(anew)}" if anew else "")
+
+
+def _open(folder: Path) -> Origin:
+    if (folder / checkpoint.RECIPE_FILE).is_file():
+        return Run(folder)
+    if (folder / language_model.CONFIG_FILE).is_file():
+        return LanguageModel(folder)
+    raise CheckpointError(
+        f"{folder}: neither a run ({checkpoint.RECIPE_FILE}) nor a language model"
+        f" ({language_model.CONFIG_FILE}): correct model.init_from"
+    )
+
+
+def _begun(name: str, run: Path | None) -> tuple[TransformerConfig, str] | None:
+    """Shape and text tokeniser as written when the run began."""
+    if run is None or not (run / checkpoint.RECIPE_FILE).is_file():
+        return None
+    saved = Run(run)
+    text = (recipe.read(run / checkpoint.RECIPE_FILE).get("tokenizers") or {}).get("text")
+    return (saved.config, text) if saved.config.init_from == name and text else None
+
+
+def _described(name: str) -> tuple[TransformerConfig, str]:
+    """Shape and text tokeniser of what lies under a name."""
+    origin = _open(hub.resolve("models", name, (*_SPECS, *_text_files())))
+    return origin.config, name if isinstance(origin, LanguageModel) else str(_text_folder(origin))
+
+
+def _text_folder(origin: Origin) -> Path:
+    return origin.folder if isinstance(origin, LanguageModel) else origin.folder / TEXT_TOKENIZER
+
+
+def _text_files() -> tuple[str, ...]:
+    return *text_tokenizer.FILES, *(f"{TEXT_TOKENIZER}/{name}" for name in text_tokenizer.FILES)
+
+
+def _free(config: TransformerConfig, of: TransformerConfig) -> TransformerConfig:
+    return replace(config, **{name: getattr(of, name) for name in _FREE})
+
+
+def _differences(there: TransformerConfig, here: TransformerConfig) -> str:
+    pairs = ((f.name, getattr(there, f.name), getattr(here, f.name)) for f in fields(there))
+    return ", ".join(f"{name} {a} (the recipe: {b})" for name, a, b in pairs if a != b)
