@@ -149,7 +149,7 @@ def test_bad_recipes_are_one_clear_line(run, tmp_path, tiny_recipe):
     assert_mistake(run("train", "emoji_rdpm_32"), "use mmrdpm tokenizer train")
     assert_mistake(run("tokenizer", "train", tiny_recipe), "use mmrdpm train")
     assert_mistake(train("train.lr=.inf"), "finite")
-    assert_mistake(train("model.width=30"), "even parts")
+    assert_mistake(train("model.width=30"), "pairs")
     assert_mistake(train("data.image_share=0.9"), "more than 1")
     assert_mistake(train("train.seed=99999999999999999999"), "at most")
     assert not (tmp_path / "r").exists()

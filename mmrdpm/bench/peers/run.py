@@ -52,6 +52,7 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     report.check()
     machine.prepare(recipe.equal.threads)
     checkpoint.begin(out, recipe, resume=(out / checkpoint.RECIPE_FILE).exists())
+    checkpoint.record(out, recipe, {})
     wanted = [name for name in MAKERS if name in (names or MAKERS)]
     todo = [name for name in wanted if "curve" not in read(out / name / RESULTS_FILE)]
     if todo:
