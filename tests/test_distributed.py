@@ -139,6 +139,7 @@ def test_a_hung_rank_ends_the_job_with_a_message(shared_recipe, tmp_path):
     assert "mmrdpm: error: rank 0:" in messages and "Traceback" not in messages
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_job_goes_on(shared_recipe, alone, tmp_path):
     run = tmp_path / "run"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
