@@ -76,3 +76,32 @@ def pixel_features(monkeypatch, tmp_path):
     """Judges by `PixelFeatures`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(drawn, "EfficientNetLite0", PixelFeatures)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """A tiny network to judge by, as transformers saves it."""
+    from transformers import ResNetConfig, ResNetModel
+
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_from(tiny_recipe, tmp_path):
+    """Makes the file of a recipe that begins with `origin`, and leaves out what is given by it."""
+
+    def make(origin, **model):
+        mapping = yaml.safe_load(tiny_recipe.read_text())
+        del mapping["tokenizers"]["text"]
+        mapping["model"] = {"init_from": str(origin), **model}
+        mapping["train"]["steps"] = 4
+        mapping["checkpoint"] = {"every": 2, "keep": 9, "log_every": 1}
+        path = tmp_path / "from.yaml"
+        path.write_text(yaml.safe_dump(mapping))
+        return path
+
+    return make

@@ -1,15 +1,14 @@
-"""`model.init_from`: the weights of a Qwen3 language model, and those of an earlier run."""
+"""`model.init_from`: the weights of a Qwen3 language model."""
 
 import json
 import shutil
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import mmrdpm
-from mmrdpm import hub, pretrained, recipe, text_tokenizer, weights
+from mmrdpm import hub, pretrained, recipe, text_tokenizer
 from mmrdpm.cli import main
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.document import TextSegment, pack
@@ -232,22 +231,10 @@ def test_text_that_looks_like_an_added_token_stays_text(qwen):
     assert texts.decode([320, 321]) == "".join(ADDED)
 
 
-def recipe_from(origin, tiny_recipe, tmp_path, **model):
-    """The file of a recipe that begins with `origin`, and leaves out what is given by it."""
-    mapping = yaml.safe_load(tiny_recipe.read_text())
-    del mapping["tokenizers"]["text"]
-    mapping["model"] = {"init_from": str(origin), **model}
-    mapping["train"]["steps"] = 4
-    mapping["checkpoint"] = {"every": 2, "keep": 9, "log_every": 1}
-    path = tmp_path / "from.yaml"
-    path.write_text(yaml.safe_dump(mapping))
-    return path
-
-
 def test_a_run_begins_with_it_then_loads_and_goes_on_without_it(
-    copy, tiny_recipe, tmp_path, capsys
+    copy, tmp_path, capsys, recipe_from
 ):
-    path, run = recipe_from(copy, tiny_recipe, tmp_path), tmp_path / "run"
+    path, run = recipe_from(copy), tmp_path / "run"
     assert main(["train", str(path), "--run", str(run)]) == 0
     assert f"weights of {copy}" in " ".join(capsys.readouterr().err.split())
     assert sorted(p.name for p in (run / "tokenizers" / "text").iterdir()) == ["tokenizer.json"]
@@ -263,8 +250,8 @@ def test_a_run_begins_with_it_then_loads_and_goes_on_without_it(
     assert last.read_bytes() == whole
 
 
-def test_weights_and_their_average_begin_as_the_origin(qwen, tiny_recipe, tmp_path):
-    path = recipe_from(qwen, tiny_recipe, tmp_path)
+def test_weights_and_their_average_begin_as_the_origin(qwen, tmp_path, recipe_from):
+    path = recipe_from(qwen)
     loaded = recipe.load(ModelRecipe, path, ["train.ema=0.9"])
     trainer = Trainer(pretrained.complete(loaded), tmp_path / "run")
     tensors = load_file(qwen / "model.safetensors")
@@ -273,20 +260,20 @@ def test_weights_and_their_average_begin_as_the_origin(qwen, tiny_recipe, tmp_pa
     assert torch.equal(trainer.average.tensors["norms.4.weight"], norm)
 
 
-def test_a_shape_is_left_out_or_that_of_the_origin(qwen, tiny_recipe, tmp_path):
+def test_a_shape_is_left_out_or_that_of_the_origin(qwen, recipe_from):
     config = LanguageModel(qwen).config
-    bare = recipe.load(ModelRecipe, recipe_from(qwen, tiny_recipe, tmp_path))
+    bare = recipe.load(ModelRecipe, recipe_from(qwen))
     done = pretrained.complete(bare)
     assert (done.model.layers, done.model.attention_width) == (2, 64)
     assert pretrained.complete(done) == done and pretrained.lacks_shape(bare.model)
     assert done.tokenizers.text == str(qwen) and done.model.tied == config.tied
-    wrong = recipe.load(ModelRecipe, recipe_from(qwen, tiny_recipe, tmp_path, layers=3))
+    wrong = recipe.load(ModelRecipe, recipe_from(qwen, layers=3))
     with pytest.raises(RecipeError, match=r"layers 2 \(the recipe: 3\)"):
         pretrained.complete(wrong)
 
 
-def test_another_text_tokenizer_is_refused(qwen, tiny_recipe, tiny_tokenizers, tmp_path):
-    path = recipe_from(qwen, tiny_recipe, tmp_path)
+def test_another_text_tokenizer_is_refused(qwen, tiny_tokenizers, tmp_path, recipe_from):
+    path = recipe_from(qwen)
     loaded = recipe.load(ModelRecipe, path, [f"tokenizers.text={tiny_tokenizers / 'text'}"])
     with pytest.raises(CheckpointError, match=r"leave tokenizers\.text out"):
         train(loaded, tmp_path / "run")
@@ -359,66 +346,15 @@ MLP = "model.layers.1.mlp.up_proj.weight"
     ],
 )
 def test_what_cannot_be_taken_is_said_in_one_line(
-    damage, said, copy, tiny_recipe, tmp_path, capsys
+    damage, said, copy, tmp_path, capsys, recipe_from
 ):
-    path = recipe_from(copy, tiny_recipe, tmp_path)
+    path = recipe_from(copy)
     damage(copy)
     assert main(["train", str(path), "--run", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
     assert "Traceback" not in message and len(message.splitlines()) == 1
     with pytest.raises(MmrdpmError, match=said):
         raise MmrdpmError(message)
-
-
-def test_an_earlier_run_gives_shape_text_tokenizer_and_weights(tiny_run, tiny_recipe, tmp_path):
-    path = recipe_from(tiny_run, tiny_recipe, tmp_path)
-    loaded = pretrained.complete(recipe.load(ModelRecipe, path))
-    assert (loaded.model.width, loaded.model.layers, loaded.model.norm_inputs) == (32, 2, True)
-    trainer = Trainer(loaded, tmp_path / "run")
-    old = mmrdpm.load(tiny_run).transformer.state_dict()
-    for name, parameter in trainer.transformer.named_parameters():
-        assert torch.equal(parameter, old[name]), name
-
-
-def test_only_the_way_in_for_images_is_drawn_anew(tiny_run, tiny_recipe, tmp_path):
-    path = recipe_from(tiny_run, tiny_recipe, tmp_path, sees_start_noise=False)
-    trainer = Trainer(pretrained.complete(recipe.load(ModelRecipe, path)), tmp_path / "run")
-    assert trainer.describe().endswith("drawn anew: from_latents.weight")
-    old = mmrdpm.load(tiny_run).transformer.state_dict()
-    assert torch.equal(trainer.transformer.table.weight, old["table.weight"])
-
-
-def test_an_earlier_run_goes_on_with_larger_pictures(
-    tiny_run, tiny_recipe, tiny_tokenizers, tmp_path, capsys
-):
-    """The same tokeniser on twice the side: 4x4 positions instead of 2x2."""
-    larger = shutil.copytree(tiny_tokenizers / "image", tmp_path / "larger")
-    spec = larger / "tokenizer.yaml"
-    spec.write_text(spec.read_text().replace("image_size: 16", "image_size: 32"))
-    path, run = recipe_from(tiny_run, tiny_recipe, tmp_path), tmp_path / "run"
-    command = ["train", str(path), f"tokenizers.image={larger}", "--run", str(run)]
-    assert main(command) == 0
-    assert "drawn anew" not in capsys.readouterr().err
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss/text"]
-    before = (tiny_run / "metrics.jsonl").read_text().splitlines()
-    assert first < json.loads(before[0])["loss/text"]  # what was learned is there
-    assert mmrdpm.load(run).generate(["red heart"])[0].size == (32, 32)
-
-
-def test_an_earlier_run_with_another_vocabulary_is_refused(
-    tiny_run, tiny_recipe, tiny_tokenizers, tmp_path
-):
-    shutil.copytree(tiny_tokenizers / "image", tmp_path / "image")
-    spec = tmp_path / "image" / "tokenizer.yaml"
-    spec.write_text(spec.read_text().replace("codebook_size: 16", "codebook_size: 15"))
-    held = tmp_path / "image" / "tokenizer.safetensors"
-    tensors, _ = weights.load(held)
-    tensors["codebook.codes"] = tensors["codebook.codes"][..., :15, :].clone()
-    weights.save(tensors, held)
-    path = recipe_from(tiny_run, tiny_recipe, tmp_path)
-    loaded = recipe.load(ModelRecipe, path, [f"tokenizers.image={tmp_path / 'image'}"])
-    with pytest.raises(CheckpointError, match=r"320 text ids and 16 .* 320 and 15"):
-        train(loaded, tmp_path / "run")
 
 
 def test_names_that_are_no_folder_are_asked_of_the_hub(monkeypatch, qwen):
@@ -441,8 +377,8 @@ def test_names_that_are_no_folder_are_asked_of_the_hub(monkeypatch, qwen):
     assert len(asked) == 2
 
 
-def test_plan_fits_a_bare_recipe(qwen, tiny_recipe, tmp_path, capsys):
-    path = recipe_from(qwen, tiny_recipe, tmp_path)
+def test_plan_fits_a_bare_recipe(qwen, capsys, recipe_from):
+    path = recipe_from(qwen)
     assert main(["plan", str(path), "--kind", "h100"]) == 0
     parameters = sum(p.numel() for p in begun(qwen)[0].parameters())
     assert f"{parameters:,}" in capsys.readouterr().out

@@ -13,7 +13,6 @@ import torch
 import yaml
 from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
-from transformers import ResNetConfig, ResNetModel
 
 from mmrdpm import checkpoint, recipe, weights
 from mmrdpm.cli import main
@@ -21,10 +20,7 @@ from mmrdpm.data.images import Cropper, ImagePlan
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.errors import CheckpointError, DataError, MmrdpmError, RecipeError, TrainingError
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.rdpm.autoencoder import LatentNorm
-from mmrdpm.rdpm.perceptual import PerceptualLoss
-from mmrdpm.rdpm.reconstruction import LossConfig, Reconstruction, adaptive_weight
-from mmrdpm.rdpm.usage import CollapseConfig, Usage
+from mmrdpm.rdpm.reconstruction import LossConfig
 from mmrdpm.train_model import ModelRecipe, train
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
@@ -58,16 +54,6 @@ def pictures(tmp_path_factory):
         pixels = (np.stack(waves, -1) * 120 + 127).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02d}.png")
     (folder / "broken.png").write_bytes(b"no picture")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    """A tiny network to judge by, as transformers saves it."""
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ResNetModel(config).save_pretrained(folder)
     return folder
 
 
@@ -391,103 +377,3 @@ def test_a_codebook_that_stays_out_of_use_stops_the_run(pictures, published, tmp
     with pytest.raises(TrainingError, match=r"collapsed: at timestep \d.* at 3 checks in a row"):
         train_image(made, tmp_path / "run")
     assert [record["step"] for record in losses(tmp_path / "run")] == [2, 4]
-
-
-def test_usage_worked_by_hand():
-    """Timestep 1 uses 2 of 4 codes alike; timestep 2 one of 4, and saw more than that."""
-    usage = Usage((4, 4), torch.device("cpu"))
-    config, zero = CollapseConfig(min_usage=0.3, patience=2), torch.tensor(0)
-    for _ in range(2):  # two updates
-        usage.add(2, torch.tensor([5.0, 0, 0, 0]), torch.tensor(0.25), torch.tensor(3))
-        usage.add(1, torch.tensor([4.0, 4.0, 0, 0]), torch.tensor(0.5), zero)
-    assert usage.shares() == pytest.approx([0.5, 0.25])
-    figures = usage.check(config, "run")
-    assert figures["codebook_usage/timestep_02"] == pytest.approx(0.25)
-    assert figures["dead_codes/timestep_01"] == 2 and figures["dead_codes/timestep_02"] == 3
-    assert figures["reseeded_codes/timestep_02"] == 6
-    assert figures["latent_error/timestep_01"] == pytest.approx(0.5)
-    assert usage.check(config, "run") == {}  # nothing since
-    usage.add(2, torch.ones(4), torch.tensor(0.1), zero)
-    usage.add(1, torch.ones(4), torch.tensor(0.1), zero)
-    assert usage.check(config, "run")["codebook_usage/timestep_02"] == pytest.approx(1)
-    assert usage.low == 0  # it recovered
-
-
-def test_fewer_residuals_than_codes_are_no_collapse():
-    usage = Usage((64,), torch.device("cpu"))
-    counts = torch.zeros(64)
-    counts[:3] = 1
-    usage.add(1, counts, torch.tensor(0.0), torch.tensor(0))
-    assert usage.shares() == pytest.approx([1.0])
-
-
-def test_the_perceptual_distance_is_that_of_unit_features(backbone):
-    loss = PerceptualLoss(str(backbone), 32)
-    network = ResNetModel.from_pretrained(backbone).eval()
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.rand(2, 2, 3, 32, 32, generator=generator) * 2 - 1
-    mean, std = ([[m]] for m in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    with torch.no_grad():
-        layers = []
-        for images in (a, b):
-            pixels = (images + 1) / 2
-            pixels = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-            layers.append(network(pixels, output_hidden_states=True).hidden_states)
-        distances = []
-        for x, y in zip(*layers, strict=True):
-            x, y = (f / f.norm(dim=1, keepdim=True).clamp(min=1e-6) for f in (x, y))
-            distances.append(((x - y) ** 2).sum(1).mean())
-    assert loss(a, b).item() == pytest.approx(torch.stack(distances).mean().item(), rel=1e-4)
-    assert loss(a, a).item() == 0
-    a.requires_grad_()
-    loss(a, b).backward()
-    assert a.grad.abs().sum() > 0
-
-
-def test_the_adaptive_weight_makes_both_losses_pull_alike():
-    layer = torch.tensor([1.0, 2.0], requires_grad=True)
-    weight = adaptive_weight(6 * layer.sum(), -2 * layer.sum(), layer)
-    assert weight.item() == pytest.approx(3, rel=1e-3)
-
-
-def test_the_discriminator_learns_what_is_real():
-    torch.manual_seed(0)
-    loss = Reconstruction(LossConfig(adversarial=0.5, adversarial_lr=1e-3), 32, torch.device("cpu"))
-    real, made = torch.full((4, 3, 32, 32), 0.5), torch.rand(4, 3, 32, 32) * 2 - 1
-    assert loss.learn(made, real, step=0)["discriminator"].item() == pytest.approx(1, abs=0.5)
-    for step in range(1, 12):
-        found = loss.learn(made, real, step)
-    assert found["discriminator"] < 0.2
-    with torch.no_grad():
-        assert loss.discriminator(real).mean() > loss.discriminator(made).mean()
-
-
-def test_normalised_latents_find_back():
-    norm = LatentNorm(2)
-    norm.set(torch.tensor([3.0, -1.0]), torch.tensor([4.0, 0.25]))
-    norm.eval()
-    latents = torch.tensor([5.0, -1.5]).view(1, 2, 1, 1)
-    torch.testing.assert_close(
-        norm(latents).flatten(), torch.tensor([1.0, -1.0]), atol=1e-4, rtol=0
-    )
-    torch.testing.assert_close(norm.undo(norm(latents)), latents)
-
-
-def test_crops():
-    """A picture whose colours are its columns and rows says where a crop came from."""
-    x, y = np.meshgrid(np.arange(60), np.arange(40))
-    picture = Image.fromarray(np.stack([x * 4, y * 4, x * 0], -1).astype(np.uint8))
-    sources = {"a": SourceConfig("folder", path="x")}
-    centre = Cropper(ImagePlan(sources, crop="centre"), 40).square(picture, None)
-    assert centre[0, 0, 0] == 40 and centre[-1, -1, 0] == 49 * 4 and centre[-1, -1, 1] == 39 * 4
-    random = np.random.default_rng(0)
-    cropper = Cropper(ImagePlan(sources, crop="random", min_scale=0.5, flip=True), 16)
-    squares = [cropper.square(picture, random).astype(int) for _ in range(200)]
-    flipped = [square[0, 0, 0] > square[0, -1, 0] for square in squares]
-    assert 60 < sum(flipped) < 140
-    for square in squares:
-        wide, high = (abs(np.diff(square[0, :, 0])).sum(), abs(np.diff(square[:, 0, 1])).sum())
-        assert abs(wide - high) < 16  # square in the picture: nothing is stretched
-        assert 15 / 16 * 80 - 16 < wide < 160
-    assert min(square[..., 0].min() for square in squares) < 8
-    assert max(square[..., 0].max() for square in squares) > 228
