@@ -35,6 +35,7 @@ from mmrdpm.vocabulary import Vocabulary
 
 DEFAULT_MODEL = "emoji-tiny"
 IMAGE_TOKENIZER, TEXT_TOKENIZER = "tokenizers/image", "tokenizers/text"  # inside a model's folder
+TOKENIZER_FILES = {IMAGE_TOKENIZER: image_tokenizer.FILES, TEXT_TOKENIZER: text_tokenizer.FILES}
 _MAX_SEED = 2**63 - 1
 _LONGEST_CAPTION = 48  # tokens; the embedded names take 20 at most
 

@@ -10,21 +10,24 @@ not exist, whenever the process is killed: the newest weights are the newest che
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mmrdpm import hub, recipe, weights
+from mmrdpm import distributed, hub, recipe, weights
 from mmrdpm.errors import CheckpointError
 
 RECIPE_FILE = "recipe.yaml"
 _RESUME = "resume"
+_LOCK = ".lock"
 _NAME = re.compile(r"step-\d{7}\.safetensors")
 
 
@@ -75,17 +78,31 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
         )
 
 
-def record(
-    run: Path,
-    resolved: Any,
-    tokenizers: Mapping[str, Path],
-    files: Mapping[str, Sequence[str]] | None = None,
-) -> None:
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Keeps other jobs out of a run's folder while the block runs.
+
+    Raises:
+        CheckpointError: another process trains in it.
+    """
+    with open(run / _LOCK, "w", encoding="utf-8") as file:
+        try:
+            if distributed.is_main():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{run}: another process is training in this folder: wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def record(run: Path, resolved: Any, tokenizers: Mapping[str, tuple[Path, Sequence[str]]]) -> None:
     """Makes a run begin: copies its tokenizers, then writes its recipe, which is what says so.
 
     Args:
-        tokenizers: places in the run's folder, and the folders that are copied there.
-        files: by place, those that are copied where it is not the whole folder.
+        tokenizers: places in the run's folder, and the folders of which files are copied there.
 
     Raises:
         CheckpointError: something could not be written.
@@ -94,23 +111,25 @@ def record(
     if path.exists():
         return
     try:
-        for place, source in tokenizers.items():
+        for place, (source, files) in tokenizers.items():
             shutil.rmtree(run / place, ignore_errors=True)  # what a killed start has left
-            only = (files or {}).get(place)
-            shutil.copytree(source, run / place, ignore=_all_but(only) if only else None)
+            copy_files(source, run / place, files)
         partial = path.with_name(path.name + ".partial")
         recipe.dump(resolved, partial)
         partial.replace(path)
-    except (OSError, shutil.Error) as error:
-        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
-        raise CheckpointError(f"{run}: the run could not begin: {reason}: make room") from None
+    except OSError as error:
+        raise CheckpointError(f"{run}: the run could not begin: {error}: make room") from None
 
 
-def _all_but(kept: Sequence[str]) -> Callable[[Any, list[str]], list[str]]:
-    return lambda _, names: [name for name in names if name not in kept]
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copies those files of a folder that are there into another, which is made."""
+    target.mkdir(parents=True)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)
 
 
-def tokenizer(run: Path, place: str, name: str, files: Sequence[str] = ()) -> Path:
+def tokenizer(run: Path, place: str, name: str, files: Sequence[str]) -> Path:
     """The folder of a tokeniser: the run's own copy once it has begun, else the one of that name.
 
     Args:
@@ -145,6 +164,22 @@ def newest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def agreed(run: Path) -> Path | None:
+    """The newest checkpoint, the same for all ranks: all must call it.
+
+    Raises:
+        CheckpointError: ranks see different ones.
+    """
+    latest = newest(run)
+    seen = {path.name if path else "none" for path in distributed.gather_objects(latest)}
+    if len(seen) > 1:
+        raise CheckpointError(
+            f"{run}: the ranks see different newest checkpoints ({', '.join(sorted(seen))}): put"
+            " the folder on a disk that all nodes share"
+        )
+    return latest
+
+
 def state_of(path: Path) -> Any:
     """The resume state saved with the weights at `path`.
 
@@ -165,6 +200,9 @@ def prune(run: Path, policy: CheckpointPolicy) -> None:
     for state in (run / _RESUME).glob("step-*.safetensors"):
         if not (run / state.name).exists():
             state.unlink()
+    for folder in (run, run / _RESUME):
+        for torn in folder.glob("step-*.partial"):  # of a process that was killed while saving
+            torn.unlink()
 
 
 def step_of(path: Path) -> int:
@@ -220,9 +258,12 @@ def load_tree(path: Path) -> Any:
     """
     tensors, metadata = weights.load(path)
     try:
-        return _decode(metadata["tree"], tensors)
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{path}: not a resume state of this project") from None
+        tree = _decode(metadata["tree"], tensors)
+    except (KeyError, TypeError, ValueError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: not a resume state of this project")
+    return tree
 
 
 def _encode(node: Any, tensors: dict[str, Tensor]) -> Any:

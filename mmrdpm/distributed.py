@@ -49,6 +49,12 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def take_device() -> None:
+    """Makes this process use the GPU of its own number on this machine, if there are any."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
     """Holds the process group while the block runs: nccl where there is CUDA, else gloo.
@@ -62,11 +68,10 @@ def joined(timeout: float) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    take_device()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         yield
         dist.destroy_process_group()
     except RuntimeError as error:

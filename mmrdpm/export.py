@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mmrdpm import checkpoint, recipe, weights
-from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER
+from mmrdpm.api import TOKENIZER_FILES
 from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.train_model import ModelRecipe
 
@@ -35,8 +35,8 @@ def export(run: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     resolved = recipe.load(ModelRecipe, run / checkpoint.RECIPE_FILE, overrides)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for tokenizer in (IMAGE_TOKENIZER, TEXT_TOKENIZER):
-        shutil.copytree(run / tokenizer, partial / tokenizer)
+    for place, files in TOKENIZER_FILES.items():
+        checkpoint.copy_files(run / place, partial / place, files)
     recipe.dump(resolved, partial / checkpoint.RECIPE_FILE)
     half = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
     for name, tensor in half.items():

@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 from mmrdpm.document import NO_TARGET, Packed
 from mmrdpm.transformer import Transformer
 
-_PART = 512  # positions whose logits are computed at once
+# Positions whose logits are computed at once. On a CPU those of one part stay in the cache, where
+# those of all would be the largest tensor; on a GPU every part costs a copy of the table in bf16.
+PARTS = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def loss(
     hidden = model(packed)[learned]
     timesteps = packed.timesteps[learned]
     targets = packed.targets[learned]
-    # in parts: the logits of one part stay in the cache, those of all are the largest tensor
-    parts = zip(hidden.split(_PART), targets.split(_PART), strict=True)
+    size = PARTS.get(hidden.device.type, PARTS["cuda"])
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
     scored = [model.once_or_twice(_score, model, h, t, z_weight) for h, t in parts]
     per_token, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
     weights = _weights(timesteps, text_weight)

@@ -22,17 +22,20 @@ Schedule = Literal["cosine", "wsd"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What `optimizers` builds; the learning rate itself is set at every step.
+    """What `Optimizers` builds; the learning rate itself is set at every step.
 
     Attributes:
         clip: the norm that gradients are scaled down to; 0 leaves them as they are.
+        tuned_width: of the model whose best learning rate the recipe names; that of another width
+            follows, see `width_scale`. 0 takes the rate as it is.
     """
 
     name: Literal["muon", "adamw"] = "muon"
     weight_decay: float = field(default=0.01, metadata={"min": 0.0})
-    beta1: float = field(default=0.9, metadata={"min": 0.0, "max": 1.0})
-    beta2: float = field(default=0.98, metadata={"min": 0.0, "max": 1.0})
+    beta1: float = field(default=0.9, metadata={"min": 0.0, "max": 0.99999})
+    beta2: float = field(default=0.98, metadata={"min": 0.0, "max": 0.99999})
     clip: float = field(default=1.0, metadata={"min": 0.0})
+    tuned_width: int = field(default=0, metadata={"min": 0})
 
 
 class Muon(Optimizer):
@@ -81,12 +84,32 @@ class Muon(Optimizer):
         return (wide if x.shape[0] <= x.shape[1] else wide.T).to(matrix.dtype)
 
 
+def width_scale(name: str, by_muon: bool, ratio: float) -> float:
+    """What a parameter's learning rate is multiplied with in a model `1 / ratio` times as wide.
+
+    An update of a matrix should have a spectral norm that does not depend on the width (Yang,
+    Simon & Bernstein 2023, arXiv 2310.17813, condition 1, at fixed aspect ratios). Muon's, scaled
+    to AdamW's size, grows as the root of the width, AdamW's own as the width. The tables that score
+    tokens fall under the same rule (their sums run over the width); whatever only enters the stack
+    is normalised there, and keeps its rate.
+
+    Args:
+        name: of the parameter.
+        ratio: of the width that the rate was tuned at to the width of the model.
+    """
+    if by_muon:
+        return ratio**0.5
+    outside = name.startswith(("from_latents", "timesteps", "norms"))
+    return 1.0 if outside or name.endswith(("q_norm", "k_norm")) else ratio
+
+
 class Optimizers:
     """One or two optimisers that step as one.
 
     Args:
         dtype: of their matrix products.
         stack: beginnings of the names of the parameters whose matrices Muon takes.
+        width: of the model.
     """
 
     def __init__(
@@ -95,20 +118,24 @@ class Optimizers:
         config: OptimizerConfig,
         dtype: torch.dtype = torch.float32,
         stack: tuple[str, ...] = ("attentions.", "feed_forwards."),
+        width: int = 0,
     ) -> None:
         self.config, self.parameters = config, list(model.parameters())
-        hidden = [
-            p
-            for name, p in model.named_parameters()
-            if p.ndim == 2 and name.startswith(stack) and name.endswith("weight")
-        ]
-        matrices = hidden if config.name == "muon" else []
-        taken = {id(p) for p in matrices}
-        rest = [p for p in self.parameters if id(p) not in taken]
+        ratio = config.tuned_width / width if config.tuned_width and width else 1.0
+        matrices: list[nn.Parameter] = []
+        rest: dict[float, list[nn.Parameter]] = {}
+        for name, p in model.named_parameters():
+            inside = p.ndim == 2 and name.startswith(stack) and name.endswith("weight")
+            if inside and config.name == "muon":
+                matrices.append(p)
+            else:
+                rest.setdefault(width_scale(name, False, ratio), []).append(p)
+        groups = [{"params": members, "scale": scale} for scale, members in rest.items()]
         betas, decay = (config.beta1, config.beta2), config.weight_decay
-        self.parts: list[Optimizer] = [AdamW(rest, betas=betas, weight_decay=decay, fused=True)]
+        self.parts: list[Optimizer] = [AdamW(groups, betas=betas, weight_decay=decay, fused=True)]
         if matrices:
             self.parts.append(Muon(matrices, decay, dtype))
+            self.parts[-1].param_groups[0]["scale"] = width_scale("", True, ratio)
 
     def clip(self) -> float:
         """Clips the gradients; gives their norm before, of all ranks where they are sharded."""
@@ -119,7 +146,7 @@ class Optimizers:
         """One update by the gradients."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("scale", 1.0)
             part.step()
 
     def clear(self) -> None:

@@ -28,6 +28,7 @@ from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed
 from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
 from mmrdpm.errors import MmrdpmError, UsageError
+from mmrdpm.objective import PARTS
 from mmrdpm.optim import Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import ModelRecipe
@@ -36,7 +37,6 @@ from mmrdpm.vocabulary import Vocabulary
 
 Kind = Literal["cpu", "h100", "h200", "a100"]
 
-_PART = 512  # positions scored at once, as in `objective`
 _PROMPT = 12  # tokens of a drawing beside its image, about
 _PER_NODE = 8  # GPUs that hybrid sharding shards over
 _REACHED = 0.6  # of a GPU's data sheet, in practice: an assumption, not yet measured here
@@ -149,24 +149,28 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     share = min(gpus, _PER_NODE) if loaded.train.parallel == "hybrid" else gpus
     micro = min(loaded.train.micro_batch_size or rows // gpus, rows // gpus)
     update, optimizer = Tally(), Tally()
-    logits = _one_pass(loaded, model, images, vocabulary, micro, kind, update)
-    _optimise(loaded, model, kind, optimizer)
     passes = rows // gpus / micro
+    added = sharded or passes > 1  # a gradient is added to what is there, and gone
+    logits = _one_pass(loaded, images, vocabulary, micro, kind, added, sharded, update)
+    _optimise(loaded, model, kind, optimizer)
     whole = 4.0 * parameters
     held = whole / share if sharded else whole
     moments = _moments(loaded, model) / (share if sharded else 1)
-    spent = update.peak * (_HOLES if kind == "cpu" else 1) + (held if passes > 1 else 0)
+    gathered = 4.0 * _outside(model) if sharded else 0.0  # the embeddings, for the whole pass
+    spent = update.peak * (_HOLES if kind == "cpu" else 1)
     base = _PROGRAM if kind == "cpu" else _CONTEXT
     memory = {
         "weights": held,
         "gradients": held,
         "optimiser": moments,
         "average": held if loaded.train.ema else 0.0,
+        "gathered": gathered,
         "logits": logits,
-        "activations": max(0.0, spent - logits),
+        "activations": max(0.0, spent - logits - (0 if added else held)),
         "program": base,
     }
-    peak = base + held + moments + memory["average"] + max(spent, held)
+    beside = held if added else 0.0  # else gradients come while activations go
+    peak = base + held + moments + memory["average"] + gathered + max(spent + beside, held)
     flops = passes * update.flops + optimizer.flops
     moved = passes * update.moved + optimizer.moved
     rate, bandwidth = _rates(loaded, kind)
@@ -242,11 +246,12 @@ def _positions(images: ImageTokenizer) -> int:
 
 def _one_pass(
     loaded: ModelRecipe,
-    meta: Transformer,
     images: ImageTokenizer,
     vocabulary: Vocabulary,
     rows: int,
     kind: Kind,
+    added: bool,
+    sharded: bool,
     tally: Tally,
 ) -> float:
     """Forward and backward of some rows, every position with a target; gives the logits' bytes."""
@@ -254,31 +259,47 @@ def _one_pass(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(loaded.model, vocabulary, images)
         model.recompute = loaded.train.recompute
-        on_cpu = _documents(loaded, rows, images)
-        model.plan = (lambda _: on_cpu) if kind == "cpu" else _exact_attention
+        lengths = _documents(loaded, images)
+        attend = _by_document if kind == "cpu" else _by_kernel
+        attended = attend([n for _ in range(rows) for n in lengths], tally)
+        model.plan = lambda _: attended
+        for linear in [*model.attentions.modules(), *model.feed_forwards.modules()]:
+            if sharded and isinstance(linear, nn.Linear):  # gathered narrow, where others copy
+                linear.weight = nn.Parameter(linear.weight.detach().to(dtype))
+        if added:
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(_forget)
         packed = _blank(rows, loaded.data.seq_len, images)
+        part = PARTS["cpu" if kind == "cpu" else "cuda"]
         with tally, machine.autocast(dtype, torch.device("cpu")):
             hidden = model(packed).flatten(0, 1)
             targets = packed.targets.flatten()
-            parts = zip(hidden.split(_PART), targets.split(_PART), strict=True)
+            parts = zip(hidden.split(part), targets.split(part), strict=True)
             losses = [model.once_or_twice(_score, model, h, t) for h, t in parts]
             torch.cat(losses).sum().backward()
-    kept = _PART if loaded.train.recompute else rows * loaded.data.seq_len
-    return 4.0 * kept * vocabulary.size
+    positions = rows * loaded.data.seq_len
+    return 4.0 * (min(part, positions) if loaded.train.recompute else positions) * vocabulary.size
 
 
 def _score(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(model.logits(hidden).float(), targets, reduction="none")
 
 
-def _documents(loaded: ModelRecipe, rows: int, images: ImageTokenizer) -> Callable[..., Tensor]:
-    """Attention as the CPU computes it, in rows that are full of drawings, the longest documents
-    of the embedded mixture."""
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _documents(loaded: ModelRecipe, images: ImageTokenizer) -> list[int]:
+    """Lengths of the documents of a row full of drawings, the longest of the embedded mixture."""
     plan = loaded.data
     length = min(plan.seq_len, plan.steps_per_image * _positions(images) + _PROMPT)
     whole, rest = divmod(plan.seq_len, length)
-    lengths = [length] * whole + [rest] * (rest > 0)
-    return sdpa.by_document([torch.zeros(1, 1, n, n) for _ in range(rows) for n in lengths])
+    return [length] * whole + [rest] * (rest > 0)
+
+
+def _by_document(lengths: list[int], _: Tally) -> Callable[..., Tensor]:
+    """Attention as the CPU computes it."""
+    return sdpa.by_document([torch.zeros(1, 1, n, n) for n in lengths])
 
 
 def _blank(rows: int, seq_len: int, images: ImageTokenizer) -> Packed:
@@ -292,21 +313,27 @@ def _blank(rows: int, seq_len: int, images: ImageTokenizer) -> Packed:
 
 
 class _Exact(torch.autograd.Function):
-    """What a fused kernel keeps for its backward pass: its inputs and its output."""
+    """A fused kernel: two products of `pairs x D` forward, five backward (Dao et al. 2022, arXiv
+    2205.14135, appendix B); it keeps its inputs and its output."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: float, tally: Tally) -> Tensor:
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out)
+        ctx.tally, ctx.product = tally, 2 * pairs * q.shape[-2] * q.shape[-1]
+        tally.flops += 2 * ctx.product
         return out
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.tally.flops += 5 * ctx.product
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None, None
 
 
-def _exact_attention(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return _Exact.apply
+def _by_kernel(lengths: list[int], tally: Tally) -> Callable[..., Tensor]:
+    """Attention as a fused kernel on a GPU computes it."""
+    pairs = float(sum(n * n for n in lengths))
+    return lambda q, k, v: _Exact.apply(q, k, v, pairs, tally)
 
 
 def _optimise(loaded: ModelRecipe, model: nn.Module, kind: Kind, tally: Tally) -> None:
@@ -330,6 +357,12 @@ def _matrices(loaded: ModelRecipe, model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(inside)]
 
 
+def _outside(model: nn.Module) -> int:
+    """Parameters outside of the layers."""
+    inside = ("attentions.", "feed_forwards.")
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+
+
 def _moments(loaded: ModelRecipe, model: nn.Module) -> float:
     """Bytes of the optimisers' state: one moment for Muon, two for AdamW."""
     one = sum(p.numel() for p in _matrices(loaded, model))
@@ -348,8 +381,9 @@ def _is_sharded(
 
 
 def _dtype(loaded: ModelRecipe, kind: Kind) -> torch.dtype:
-    device = torch.device("cpu" if kind == "cpu" else "cuda")
-    return machine.matrix_dtype(loaded.train.precision, device)
+    if kind != "cpu":
+        return torch.float32 if loaded.train.precision == "fp32" else torch.bfloat16
+    return machine.matrix_dtype(loaded.train.precision, torch.device("cpu"))
 
 
 def _room(kind: Kind) -> float | None:

@@ -99,7 +99,7 @@ def complete(loaded: R, run: Path | None = None) -> R:
     name = given.model.init_from
     if not name:
         return loaded
-    config, text = _begun(name, run) or _described(name)
+    config, text = _begun(name, run) or _described(name, given.model)
     config = _free(config, given.model)
     if not lacks_shape(given.model) and given.model != config:
         raise RecipeError(
@@ -161,10 +161,17 @@ def _begun(name: str, run: Path | None) -> tuple[TransformerConfig, str] | None:
     return (saved.config, text) if saved.config.init_from == name and text else None
 
 
-def _described(name: str) -> tuple[TransformerConfig, str]:
+def _described(name: str, given: TransformerConfig) -> tuple[TransformerConfig, str]:
     """Shape and text tokeniser of what lies under a name."""
     origin = _open(hub.resolve("models", name, (*_SPECS, *_text_files())))
-    return origin.config, name if isinstance(origin, LanguageModel) else str(_text_folder(origin))
+    if isinstance(origin, LanguageModel):
+        return origin.config, name
+    if origin.config.history != given.history:  # no weight would show it
+        raise RecipeError(
+            f"model.init_from is {name}, which was trained with model.history"
+            f" {str(origin.config.history).lower()}: write the same"
+        )
+    return origin.config, str(_text_folder(origin))
 
 
 def _text_folder(origin: Origin) -> Path:

@@ -15,13 +15,11 @@ from typing import Any, Literal
 import torch
 
 from mmrdpm import api, checkpoint, distributed, machine, pretrained, text_tokenizer, weights
-from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, Model, build
+from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES, Model, build
 from mmrdpm.attention import backend
 from mmrdpm.attention.backend import Name
 from mmrdpm.checkpoint import CheckpointPolicy
-from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.loader import Loader, merge_states
-from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.engine import parallel
 from mmrdpm.engine.guard import Guard, GuardConfig
@@ -33,6 +31,7 @@ from mmrdpm.monitor import Monitor
 from mmrdpm.objective import summed_weights
 from mmrdpm.optim import Average, OptimizerConfig, Optimizers, Schedule, learning_rate
 from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.samples import Samples, sample
 from mmrdpm.sampling.image import Guided
 from mmrdpm.transformer import TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
@@ -104,18 +103,6 @@ MACHINE_KEYS = frozenset(  # how a machine is used: may differ when a run goes o
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What is drawn and captioned while the run goes on, every `every` updates.
-
-    Attributes:
-        prompts: names of the embedded data; each is drawn, and its own picture captioned.
-    """
-
-    every: int = field(default=500, metadata={"min": 1})
-    prompts: tuple[str, ...] = ("red heart", "red paper lantern", "dog face", "rainbow", "snowman")
-
-
-@dataclass(frozen=True)
 class ModelRecipe:
     """A recipe of kind `model`."""
 
@@ -146,20 +133,20 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
         distributed.first(
             lambda: checkpoint.begin(run, pretrained.complete(recipe, run), resume, MACHINE_KEYS)
         )
-        trainer = Trainer(recipe, run)
-        files = {TEXT_TOKENIZER: text_tokenizer.FILES}
-        distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers, files))
-        return _loop(trainer.recipe, run, trainer)
+        with checkpoint.claimed(run):
+            trainer = Trainer(recipe, run)
+            distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers))
+            return _loop(trainer.recipe, run, trainer)
 
 
 def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
     plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
-    if latest := checkpoint.newest(run):
+    if latest := checkpoint.agreed(run):
         trainer.restore(latest)
     with Monitor(run, run.name, plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")
         dog.doing("drawing the first samples")
-        sample(trainer, monitor, recipe.samples)
+        trainer.sample(monitor)
         stopping = False
         while trainer.step < plan.steps and not stopping:
             dog.doing(f"update {trainer.step + 1}")
@@ -179,7 +166,7 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
                 trainer.save(run)
             if last or step % recipe.samples.every == 0:
                 dog.doing(f"drawing samples of step {step}")
-                sample(trainer, monitor, recipe.samples)
+                trainer.sample(monitor)
         trainer.writer.finish()
     dog.stop()
     return trainer.step == plan.steps
@@ -196,15 +183,18 @@ class Trainer:
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
                 " change one of them"
             )
-        kinds = {
-            IMAGE_TOKENIZER: (recipe.tokenizers.image, ()),
-            TEXT_TOKENIZER: (recipe.tokenizers.text, text_tokenizer.FILES),
+        names = {
+            IMAGE_TOKENIZER: recipe.tokenizers.image,
+            TEXT_TOKENIZER: recipe.tokenizers.text,
         }
-        self.tokenizers = {p: checkpoint.tokenizer(run, p, *kind) for p, kind in kinds.items()}
-        self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER])
-        self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER])
-        self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
+        self.tokenizers = {
+            place: (checkpoint.tokenizer(run, place, names[place], files), files)
+            for place, files in TOKENIZER_FILES.items()
+        }
         self.device = machine.device()
+        self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER][0]).to(self.device)
+        self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER][0])
+        self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
         self.dtype = machine.matrix_dtype(plan.precision, self.device)
         self.attention = backend.resolve(plan.attention, self.device)
         with torch.device("meta"):
@@ -220,11 +210,12 @@ class Trainer:
             self.dtype,
         )
         self.origin = ""
-        if (name := recipe.model.init_from) and checkpoint.newest(run) is None:
+        if (name := recipe.model.init_from) and checkpoint.agreed(run) is None:
             self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)
         if plan.compile and self.device.type == "cuda":
             self.transformer.compile_layers()
-        self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype)
+        width = recipe.model.width
+        self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype, width=width)
         self.average = Average(self.transformer, plan.ema) if plan.ema else None
         self.guard, self.meter = Guard(plan.guard), self._meter()
         self.writer = checkpoint.Writer(background=self.device.type == "cuda")
@@ -346,7 +337,7 @@ class Trainer:
             TrainingError: there is no checkpoint, or it has happened too often.
         """
         distributed.first(self.writer.finish)
-        guard, latest = self.guard, checkpoint.newest(run)
+        guard, latest = self.guard, checkpoint.agreed(run)
         if latest is None or guard.rollbacks >= guard.config.rollbacks:
             raise TrainingError(
                 f"{run}: step {self.step}: {guard.report()}, after {guard.rollbacks} returns to a"
@@ -373,28 +364,11 @@ class Trainer:
             self.recipe.data.seq_len,
         )
 
+    def sample(self, monitor: Monitor) -> None:
+        """Draws and captions into the log, on rank 0.
 
-def sample(trainer: Trainer, monitor: Monitor, plan: Samples) -> None:
-    """Draws and captions the plan's prompts into the log and `DIR/samples/`, on rank 0.
-
-    A model that is sharded is not gathered for it: `mmrdpm generate --model RUN` draws from its
-    checkpoints. The sheet has two rows: the true pictures, as far as the data holds them, and the
-    drawn ones.
-    """
-    if trainer.parallel.sharded or not distributed.is_main() or not plan.prompts:
-        return
-    model, step = trainer.model(), trainer.step
-    data = load_emoji(trainer.images.image_size)
-    index = {name: i for i, name in enumerate(data.names)}
-    known = [index[p] for p in plan.prompts if p in index]
-    true = to_pictures(to_tensor(data.images[known])) if known else []
-    drawn = model.generate(plan.prompts)
-    sheet = contact_sheet([true, drawn], scale=3)
-    folder = monitor.run / "samples"
-    folder.mkdir(exist_ok=True)
-    sheet.save(folder / f"step-{step:07d}.png")
-    monitor.picture("samples", step, sheet)
-    pairs = zip((data.names[i] for i in known), model.caption(true), strict=True)
-    captions = "; ".join(f"{name} -> {caption or '(nothing)'}" for name, caption in pairs)
-    monitor.text("captions", step, captions)
-    monitor.say(f"step {step}  captions: {captions}")
+        A model that is sharded is not gathered for it: `mmrdpm generate --model RUN` draws from
+        its checkpoints.
+        """
+        if self.recipe.samples.prompts and distributed.is_main() and not self.parallel.sharded:
+            sample(self.model(), self.recipe.samples, self.step, monitor)

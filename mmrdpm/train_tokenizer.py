@@ -20,7 +20,8 @@ from mmrdpm.errors import CheckpointError
 from mmrdpm.monitor import Monitor
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
 from mmrdpm.text_tokenizer import TextTokenizer
-from mmrdpm.tokenizer_trainer import ImageTokenizerTraining, TokenizerTrainer
+from mmrdpm.tokenizer_plan import ImageTokenizerTraining
+from mmrdpm.tokenizer_trainer import TokenizerTrainer
 
 MACHINE_KEYS = frozenset(  # how a machine is used: may differ when a run goes on
     {"data.workers", "train.timeout", "train.wandb"}
@@ -85,7 +86,8 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
         data = open_images(recipe.data, plan.seed, size, plan.batch_size, skipped_log)
         trainer = TokenizerTrainer(recipe.tokenizer, plan, data)
         distributed.first(lambda: _open(recipe, run, resume))
-        return _loop(recipe, run, trainer)
+        with checkpoint.claimed(run):
+            return _loop(recipe, run, trainer)
 
 
 def _open(recipe: ImageTokenizerRecipe, run: Path, resume: bool) -> None:
@@ -96,7 +98,7 @@ def _open(recipe: ImageTokenizerRecipe, run: Path, resume: bool) -> None:
 
 def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) -> bool:
     plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
-    if latest := checkpoint.newest(run):
+    if latest := checkpoint.agreed(run):
         trainer.restore(latest)
     with Monitor(run, "image tokeniser", plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")

@@ -120,7 +120,7 @@ class Attention(nn.Module):
         """`[R, S, width]` -> turned q `[R, S, H, D]` and k, and v, `[R, S, G, D]`."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
-        turned = rotate(self.normalise(qk), rotation)
+        turned = rotate(self.normalise(qk), rotation).to(v.dtype)  # autocast norms in float32
         q, k = turned.split((self.heads, self.kv_heads), dim=-2)
         return q, k, v
 

@@ -30,7 +30,7 @@ def save(
     Raises:
         CheckpointError: it could not be written, for example because the disk is full.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,10 @@ def tensor(path: Path, name: str) -> Tensor:
 
 
 def _metadata_of(file: Any) -> dict[str, Any]:
-    return json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    found = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    if not isinstance(found, dict):
+        raise ValueError("the metadata in its header are no mapping")
+    return found
 
 
 @contextmanager
@@ -87,7 +90,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}); it is truncated or of another"
             " format (pickled weights are never loaded): get a good copy"

@@ -4,6 +4,7 @@ import torch
 from mmrdpm.attention import backend, flex, sdpa, xformers
 from mmrdpm.attention.layout import BlockKind, Layout
 from mmrdpm.errors import RecipeError
+from mmrdpm.transformer import Attention, TransformerConfig, rotations
 
 T, C, N = BlockKind.TEXT, BlockKind.CLEAN, BlockKind.NOISY
 
@@ -148,3 +149,13 @@ def test_a_backend_that_cannot_run_is_refused():
         backend.resolve("xformers", torch.device("cpu"))
     with pytest.raises(RecipeError, match="flex, but its backward pass needs CUDA, not cpu"):
         backend.resolve("flex", torch.device("cpu"))
+
+
+def test_queries_keys_and_values_are_of_one_type_whatever_norms_give(monkeypatch):
+    """Under autocast on CUDA rms_norm gives float32, and kernels want one type."""
+    attention = Attention(TransformerConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=16))
+    monkeypatch.setattr(attention, "normalise", lambda qk: qk.float())
+    rotation = rotations(torch.zeros(1, 3, 3, dtype=torch.int64), 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = attention.project(torch.randn(1, 3, 16), rotation)
+    assert [tensor.dtype for tensor in made] == [torch.bfloat16] * 3

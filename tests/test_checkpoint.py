@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from mmrdpm import checkpoint, recipe, weights
+from mmrdpm import checkpoint, distributed, recipe, weights
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.errors import CheckpointError
 
@@ -21,10 +22,10 @@ def test_a_tree_comes_back_as_it_was(tmp_path):
 def test_newest_is_the_last_by_name_and_prune_keeps_the_newest(tmp_path):
     for step in (5, 100, 20):
         checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})
-    (tmp_path / "step-9999999.safetensors.partial").write_text("a file half written")
+    (tmp_path / "step-9999999.safetensors.7.partial").write_text("a file half written")
     assert checkpoint.newest(tmp_path).name == "step-0000100.safetensors"
     checkpoint.prune(tmp_path, CheckpointPolicy(keep=1))
-    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["step-0000100.safetensors"]
+    assert [p.name for p in tmp_path.glob("step*")] == ["step-0000100.safetensors"]
     assert [p.name for p in (tmp_path / "resume").iterdir()] == ["step-0000100.safetensors"]
 
 
@@ -108,8 +109,48 @@ def test_a_beginning_that_was_cut_off_does_not_stand_in_the_way(tmp_path):
     (source / "file").write_text("right")
     (run / "part").mkdir(parents=True)
     (run / "part" / "left").write_text("by a killed start")
-    assert checkpoint.tokenizer(run, "part", str(source)) == source
+    assert checkpoint.tokenizer(run, "part", str(source), ["file"]) == source
     checkpoint.begin(run, CheckpointPolicy(), resume=False)
-    checkpoint.record(run, CheckpointPolicy(), {"part": source})
+    (source / "step-0000001.safetensors").write_text("the state of its own training")
+    checkpoint.record(run, CheckpointPolicy(), {"part": (source, ["file", "other"])})
     assert [p.name for p in (run / "part").iterdir()] == ["file"]
-    assert checkpoint.tokenizer(run, "part", "unused") == run / "part"
+    assert checkpoint.tokenizer(run, "part", "unused", ["file"]) == run / "part"
+
+
+def test_two_jobs_do_not_train_in_one_folder(tmp_path):
+    with (
+        checkpoint.claimed(tmp_path),
+        pytest.raises(CheckpointError, match="another process is training"),
+        checkpoint.claimed(tmp_path),
+    ):
+        pass
+    with checkpoint.claimed(tmp_path):
+        pass
+
+
+def test_ranks_go_on_from_one_checkpoint_or_not_at_all(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 5, {"w": torch.zeros(1)}, {}, {})
+    assert checkpoint.agreed(tmp_path) == checkpoint.newest(tmp_path)
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, None])
+    with pytest.raises(CheckpointError, match=r"step-0000005\.safetensors.*all nodes share"):
+        checkpoint.agreed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[]", "3", "null", "[" * 100_000, "{"],
+    ids=["list", "number", "null", "deep", "torn"],
+)
+def test_a_header_that_is_no_mapping_is_refused(header, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"w": torch.zeros(1)}, path, {"mmrdpm": header})
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        weights.metadata(path)
+
+
+@pytest.mark.parametrize("tree", [[1], {"pairs": [[1]]}, 5, {"tensor": "none"}])
+def test_a_state_that_is_no_tree_is_refused(tree, tmp_path):
+    path = tmp_path / "tree.safetensors"
+    weights.save({}, path, {"tree": tree})
+    with pytest.raises(CheckpointError, match="not a resume state"):
+        checkpoint.load_tree(path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmrdpm import cli
 from mmrdpm.cli import main
 
 
@@ -186,3 +187,13 @@ def test_text_tokenizers_train_from_a_recipe(run, tmp_path):
     assert_mistake(
         run("tokenizer", "train", "t.yaml", "--run", "made"), "holds a tokeniser already"
     )
+
+
+def test_a_full_gpu_is_said_in_one_line(monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 ...")
+
+    monkeypatch.setattr(cli, "quickstart", fail)
+    assert main(["quickstart"]) == 1
+    message = capsys.readouterr().err
+    assert "memory is full (CUDA out of memory" in message and len(message.splitlines()) == 1

@@ -2,7 +2,10 @@
 
 import io
 import json
+import multiprocessing
+import os
 import random
+import signal
 import tarfile
 from collections import Counter
 
@@ -116,6 +119,21 @@ def test_prefetched_rows_are_not_counted_as_read(make, uninterrupted):
     loader, plain = make(workers=2), make()
     assert rows(loader) == rows(plain) == uninterrupted[0]
     assert loader.state() == plain.state()
+
+
+def test_workers_go_on_after_the_first_signal_of_the_group(make, uninterrupted):
+    """A scheduler signals all processes, and the trainer needs rows to finish its update."""
+    loader = make(workers=2)
+    assert rows(loader) == uninterrupted[0]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert [rows(loader) for _ in range(5)] == uninterrupted[1:6]
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 def test_figures_and_skipped_records_go_on_across_a_stop(make):

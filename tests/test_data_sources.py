@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmrdpm.data import pictures
 from mmrdpm.data.inspect import guess
+from mmrdpm.data.pictures import PictureError
 from mmrdpm.data.records import Broken, Interleaved, Pair, Text
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import DataError, RecipeError
@@ -269,3 +271,21 @@ def test_embedded_sources_hold_the_training_split():
     assert len(emoji) > 3000 and record.image.shape == (72, 72, 3)
     assert record.image.dtype == np.uint8 and record.captions[0] in record.key
     assert open_source("g", SourceConfig("glosses")).record(0).text.endswith(".")
+
+
+@pytest.mark.parametrize("template", ["{label} at {size}", "{label} {", "{label} {0}"])
+def test_a_template_holds_the_label_alone(template, tmp_path):
+    with pytest.raises(RecipeError, match=r"no other braces; write \{\{ and \}\}"):
+        opened("webdataset", tmp_path / "x.tar", label="cls", template=template)
+
+
+def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path, monkeypatch):
+    """Pillow's AVIF decoder says RuntimeError of a damaged file."""
+    (tmp_path / "a.png").write_bytes(image())
+
+    def fail(*_):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(pictures, "to_rgb", fail)
+    with pytest.raises(PictureError, match="could not be read: Failed to decode"):
+        pictures.open_picture(tmp_path / "a.png")

@@ -9,7 +9,7 @@ import torch
 import mmrdpm
 from mmrdpm import pretrained, recipe, weights
 from mmrdpm.cli import main
-from mmrdpm.errors import CheckpointError
+from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.train_model import ModelRecipe, Trainer, train
 
 
@@ -62,3 +62,9 @@ def test_an_earlier_run_with_another_vocabulary_is_refused(
     loaded = recipe.load(ModelRecipe, path, [f"tokenizers.image={tmp_path / 'image'}"])
     with pytest.raises(CheckpointError, match=r"320 text ids and 16 .* 320 and 15"):
         train(loaded, tmp_path / "run")
+
+
+def test_an_earlier_run_attends_as_it_learned_to(tiny_run, recipe_from):
+    path = recipe_from(tiny_run, history=True)
+    with pytest.raises(RecipeError, match=r"trained with model\.history false: write the same"):
+        pretrained.complete(recipe.load(ModelRecipe, path))

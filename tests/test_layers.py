@@ -13,7 +13,14 @@ FLOORS = [
     {"document", "transformer", "objective", "data", "language_model"},
     {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},
     {"api", "pretrained"},
-    {"train_tokenizer", "tokenizer_trainer", "train_model", "evaluation"},
+    {
+        "train_tokenizer",
+        "tokenizer_trainer",
+        "tokenizer_plan",
+        "train_model",
+        "samples",
+        "evaluation",
+    },
     {"bench", "export", "quickstart", "sweep", "plan", "doctor"},
     {"cli", "__main__"},
 ]

@@ -91,3 +91,45 @@ def test_clip_scales_to_the_norm_and_zero_leaves_gradients_alone():
         model.weight.grad = torch.tensor([[3.0, 4.0]])
         assert Optimizers(model, OptimizerConfig(clip=clip)).clip() == pytest.approx(5.0)
         assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_learning_rates_follow_the_width():
+    """Twice the tuned width: matrices by Muon at the root of a half, scored tables at a half."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("attentions", "table", "from_latents"):
+                setattr(self, name, nn.Linear(4, 6, bias=False))
+
+    def rates(**config):
+        model = Model()
+        optimizers = Optimizers(model, OptimizerConfig(**config), width=128)
+        optimizers.step(0.1)
+        groups = [group for part in optimizers.parts for group in part.param_groups]
+        names = {id(p): name.split(".")[0] for name, p in model.named_parameters()}
+        return {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+
+    assert set(rates().values()) == {0.1}
+    muon = rates(tuned_width=64)
+    assert muon == pytest.approx({"attentions": 0.1 / 2**0.5, "table": 0.05, "from_latents": 0.1})
+    adamw = rates(tuned_width=64, name="adamw")
+    assert adamw == pytest.approx({"attentions": 0.05, "table": 0.05, "from_latents": 0.1})
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_an_update_of_a_matrix_moves_a_model_of_any_width_alike(name):
+    """The spectral norm of the first update, at aspect ratio 1, with the rate tuned at 32."""
+    norms = []
+    for width in (32, 128):
+        model = nn.ModuleDict({"attentions": nn.Linear(width, width, bias=False)})
+        weight = model["attentions"].weight
+        before = weight.detach().clone()
+        # of rank 1, as the gradient of one token: AdamW's update then has the norm of its signs
+        weight.grad = torch.outer(torch.ones(width), torch.ones(width))
+        if name == "muon":
+            weight.grad = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+        config = OptimizerConfig(name=name, tuned_width=32, weight_decay=0.0)
+        Optimizers(model, config, width=width).step(0.1)
+        norms.append(torch.linalg.matrix_norm(weight.detach() - before, 2).item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.1)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from mmrdpm import recipe
+from mmrdpm import machine, plan, recipe
+from mmrdpm.api import build
 from mmrdpm.cli import main
 from mmrdpm.errors import UsageError
 from mmrdpm.plan import Tally, lines, make_plan
@@ -97,3 +98,47 @@ def test_doctor_looks_at_the_machine_and_at_a_recipe(tiny_recipe, capsys):
         assert "xformers: not here: it needs CUDA" in said
     assert main(["doctor", str(tiny_recipe), "data.steps_per_image=9"]) == 1
     assert "! recipe" in capsys.readouterr().out
+
+
+def test_a_shard_holds_no_whole_gradient_but_the_embeddings(tiny_recipe):
+    """So few tokens that a copied model's update needs its gradients at once, and little else."""
+    size = ["data.rows=2", "data.seq_len=24", "model.layers=6", "model.width=256", "model.heads=4"]
+    copied, sharded = (
+        make_plan(load(tiny_recipe, *size, f"train.parallel={mode}"), 2, "h100")
+        for mode in ("ddp", "fsdp")
+    )
+    inside = sum(
+        p.numel()
+        for name, p in bare(load(tiny_recipe, *size)).named_parameters()
+        if name.startswith(("attentions.", "feed_forwards."))
+    )
+    assert sharded.memory["gathered"] == 4 * (copied.parameters - inside)
+    assert copied.memory["gathered"] == 0
+    base = copied.memory["program"]
+    assert copied.peak - base > copied.memory["optimiser"] + 2 * copied.memory["weights"]
+    held = sharded.memory["optimiser"] + 2 * sharded.memory["weights"]
+    assert sharded.peak - base - held - sharded.memory["gathered"] < copied.memory["weights"] / 2
+
+
+def bare(loaded):
+    images, vocabulary = plan._tokenizers(loaded)
+    with torch.device("meta"):
+        return build(loaded.model, vocabulary, images)
+
+
+def test_the_operations_of_attention_are_counted(tiny_recipe):
+    """The same row with twice the positions: products by weights double, those of pairs do more."""
+    short, long = (
+        make_plan(load(tiny_recipe, "data.rows=1", f"data.seq_len={n}"), 1, "h100")
+        for n in (20, 40)
+    )
+    assert long.flops > 2 * short.flops * 1.001
+
+
+def test_a_container_without_a_limit_has_the_memory_of_its_machine(tmp_path, monkeypatch):
+    for name, text in (("memory.max", "max\n"), ("meminfo", "MemTotal:  2048 kB\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / path.rsplit("/", 1)[-1])
+    assert machine.main_memory() == 2048 * 1024
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert machine.main_memory() == 4096

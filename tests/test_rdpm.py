@@ -10,7 +10,7 @@ from mmrdpm.rdpm.codebook import Codebook, CodebookFit, perplexity
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.rdpm.schedule import SCHEDULES, Schedule
 from mmrdpm.rdpm.trajectory import TRAJECTORIES, decode, encode, make_trajectory
-from mmrdpm.tokenizer_trainer import ImageTokenizerTraining, Phases
+from mmrdpm.tokenizer_plan import ImageTokenizerTraining, Phases
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
 TINY = ImageTokenizerConfig(

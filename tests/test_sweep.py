@@ -21,7 +21,8 @@ from mmrdpm.sweep.report import results_table
 from mmrdpm.sweep.run import count_flops, run_sweep
 from mmrdpm.train_model import ModelRecipe
 
-SWEEPS = sorted(shipped.folder("recipes").glob("ablations/*.yaml"))
+FOLDERS = [shipped.folder("recipes") / name for name in ("ablations", "scaling")]
+SWEEPS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 
 
 @pytest.fixture
@@ -182,6 +183,7 @@ def test_orders_see_every_number_of_codes_alike():
         ({"variants": [{"name": "a", "tokenizer": ["tokenizer.eta=2"]}]}, "at most 1.0"),
         ({"tokenizer_recipe": None, "variants": [{"name": "a", "tokenizer": ["x=1"]}]}, "set tok"),
         ({"tflop": 3}, "did you mean tflops"),
+        ({"chart": "lr"}, "needs model.width and train.lr"),
     ],
 )
 def test_mistakes_show_before_anything_is_trained(changes, says, tiny_sweep):
@@ -194,10 +196,10 @@ def test_an_unknown_variant_is_refused(tiny_sweep, tmp_path):
         run_sweep(spec.load(tiny_sweep()), tmp_path / "out", None, silent, only="bsae")
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_a_shipped_ablation_fits_its_schema(path):
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_shipped_sweep_fits_its_schema(path):
     header = path.read_text().split("kind:")[0]
-    assert f"recipes/ablations/{path.name}" in header and "Hardware:" in header
+    assert f"recipes/{path.parent.name}/{path.name}" in header and "Hardware:" in header
     if recipe.read(path)["kind"] == "sweep":
         sweep = spec.load(path)
         for variant in sweep.variants:

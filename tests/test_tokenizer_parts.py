@@ -1,17 +1,23 @@
 """The parts of an image tokeniser's training: use of codes, losses, latent norm, crops."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import ResNetModel
 
+from mmrdpm import distributed
 from mmrdpm.data.images import Cropper, ImagePlan
 from mmrdpm.data.sources import SourceConfig
-from mmrdpm.rdpm.autoencoder import LatentNorm
+from mmrdpm.errors import CheckpointError, RecipeError
+from mmrdpm.rdpm.autoencoder import AutoencoderConfig, LatentNorm
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TokenRecord
 from mmrdpm.rdpm.perceptual import PerceptualLoss
 from mmrdpm.rdpm.reconstruction import LossConfig, Reconstruction, adaptive_weight
 from mmrdpm.rdpm.usage import CollapseConfig, Usage
+from mmrdpm.tokenizer_plan import ImageTokenizerTraining
 
 
 def test_usage_worked_by_hand():
@@ -112,3 +118,59 @@ def test_crops():
         assert 15 / 16 * 80 - 16 < wide < 160
     assert min(square[..., 0].min() for square in squares) < 8
     assert max(square[..., 0].max() for square in squares) > 228
+
+
+def test_latents_off_centre_keep_their_variance_over_ranks(monkeypatch):
+    """E[x^2] - E[x]^2 of numbers near 30 would lose a variance of 1e-4 in float32."""
+    norm = LatentNorm(1)
+    norm.running_mean.fill_(29.9)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed.nn.functional, "all_reduce", lambda x: 2 * x)
+    latents = 30 + 0.01 * torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    made = norm(latents)
+    assert made.mean().abs() < 1e-2
+    assert made.var().item() == pytest.approx(1, abs=0.12)  # eps is a tenth of the variance
+
+
+def test_grids_that_are_not_square_come_back():
+    tokenizer = ImageTokenizer(
+        ImageTokenizerConfig(AutoencoderConfig(32, 4, 4, (8, 16), 1), 3, codebook_size=16)
+    )
+    tokenizer.codebook.codes.normal_()
+    latents = torch.randn(2, 2, 6, 4)
+    code_indices, states = tokenizer.encode_latents(latents, [3, 4])
+    records = [TokenRecord(seed, code_indices[:, i]) for i, seed in enumerate((3, 4))]
+    torch.testing.assert_close(tokenizer.states(records), states)
+
+
+def test_numbers_that_float16_does_not_hold_are_not_saved(tmp_path):
+    tokenizer = ImageTokenizer(
+        ImageTokenizerConfig(AutoencoderConfig(16, 4, 4, (8,), 0), 3, codebook_size=4)
+    )
+    tokenizer.codebook.codes.fill_(1e5)
+    with pytest.raises(CheckpointError, match=r"'codebook\.codes' holds numbers that are not"):
+        tokenizer.save(tmp_path)
+
+
+def test_phases_leave_updates_for_the_autoencoder():
+    shares = {"codebook_share": 0.5, "decoder_share": 0.5}
+    with pytest.raises(RecipeError, match="leave no update for the autoencoder"):
+        ImageTokenizerTraining(steps=10, **shares).phases(frozen=False)
+    assert ImageTokenizerTraining(steps=10, **shares).phases(frozen=True).codebook == 5
+
+
+@pytest.mark.parametrize(
+    "content", [b"x" * 99, b"\x08\0\0\0\0\0\0\0{}      ", b""], ids=["noise", "empty", "no bytes"]
+)
+def test_a_damaged_network_to_judge_by_is_refused(content, backbone, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "backbone")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"train\.loss\.backbone"):
+        PerceptualLoss(str(folder), 32)
+
+
+def test_a_network_of_half_precision_judges_in_single(backbone, tmp_path):
+    ResNetModel.from_pretrained(backbone).half().save_pretrained(tmp_path)
+    a, b = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    half, single = (PerceptualLoss(str(p), 32)(a, b).item() for p in (tmp_path, backbone))
+    assert half == pytest.approx(single, rel=1e-2)

@@ -300,6 +300,11 @@ def test_a_published_autoencoder_that_changed_is_noticed(published, pictures, tm
         (lambda f: change(f, _class_name="UNet2DModel"), "of class 'UNet2DModel', not Auto"),
         (lambda f: change(f, in_channels=1), "has in_channels 1, but pictures have 3"),
         (lambda f: change(f, latent_channels=9), "could be loaded"),
+        (lambda f: change(f, latent_channels="4"), "does not make sense"),
+        (lambda f: change(f, block_out_channels=[]), "does not make sense"),
+        (lambda f: change(f, block_out_channels=5), "does not make sense"),
+        (lambda f: change(f, norm_num_groups=0), "could be loaded"),
+        (lambda f: (f / "config.json").write_text("[]"), "could be loaded|is no mapping"),
     ],
 )
 def test_what_is_no_published_autoencoder_is_refused(make, says, published, pictures, tmp_path):
@@ -325,6 +330,7 @@ def test_mistakes_of_a_recipe_are_refused(published, pictures, tmp_path, monkeyp
         (kl, {"decoder_share": 0.1}, "stays as it is: set it to 0"),
         (kl, {"decoder_share": 0.0, "ema": 0.9}, "stays as it is: leave them out"),
         ({**kl, "image_size": 33}, {"decoder_share": 0.0}, "a multiple of 2"),
+        (OWN, {"loss": {"adversarial": 0.1, "adversarial_start": 20}}, "but there are 20 updates"),
         (OWN, {"loss": {"adversarial": 0.1}, "batch_size": 3}, "multiple of train.batch_size, 3"),
         ({**OWN, "image_size": 16}, {"loss": {"adversarial": 0.1}}, "at least 32 pixels, not 16"),
         (OWN, {"loss": {"perceptual": 1.0, "backbone": "/nowhere"}}, "no network could be loaded"),
@@ -377,3 +383,16 @@ def test_a_codebook_that_stays_out_of_use_stops_the_run(pictures, published, tmp
     with pytest.raises(TrainingError, match=r"collapsed: at timestep \d.* at 3 checks in a row"):
         train_image(made, tmp_path / "run")
     assert [record["step"] for record in losses(tmp_path / "run")] == [2, 4]
+
+
+def test_the_autoencoder_of_a_stopped_run_is_not_lost(finished, full_recipe, tmp_path):
+    cut(finished, tmp_path / "stopped", 12)
+    mapping = recipe.to_dict(full_recipe)
+    mapping["train"]["autoencoder_from"] = str(tmp_path / "stopped")
+    assert train_image(recipe.from_dict(ImageTokenizerRecipe, mapping, "test"), tmp_path / "run")
+    there, _ = weights.load(tmp_path / "stopped" / "step-0000012.safetensors")
+    here = image_tokenizer.load(tmp_path / "run").autoencoder.encoder.state_dict()
+    for name, tensor in here.items():
+        torch.testing.assert_close(
+            tensor, there[f"autoencoder.encoder.{name}"], atol=1e-3, rtol=1e-3
+        )

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from mmrdpm import checkpoint, recipe, weights
+from mmrdpm import checkpoint, machine, recipe, weights
+from mmrdpm.data import emoji_stream
 from mmrdpm.engine.guard import Guard, GuardConfig
 from mmrdpm.errors import TrainingError
 from mmrdpm.train_model import ModelRecipe, Trainer, train
@@ -229,3 +230,14 @@ def test_a_second_run_in_a_folder_and_a_changed_recipe_are_refused(tiny_recipe, 
     code, messages = finish(start(tiny_recipe, tiny_run, "train.lr=0.5", "--resume"))
     assert code == 1
     assert "was begun with train.lr=0.003, not 0.5" in messages
+
+
+def test_tokeniser_and_transformer_lie_on_the_device_of_the_run(tiny_recipe, tmp_path, monkeypatch):
+    """On the meta device in place of a GPU; its tensors have no values to fetch."""
+    monkeypatch.setattr(machine, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(machine, "peak_rate", lambda *_: 1.0)
+    monkeypatch.setattr(emoji_stream, "latents_of", lambda *_: torch.zeros(1))
+    model = Trainer(recipe.load(ModelRecipe, tiny_recipe), tmp_path).model()
+    parts = (model.transformer, model.images)
+    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mmrdpm import machine
 from mmrdpm.attention import flex, sdpa, xformers
 from mmrdpm.attention.layout import Layout
 from mmrdpm.errors import RecipeError
@@ -42,7 +44,24 @@ def why_not(name: Backend, device: torch.device) -> str | None:
         reason = {"xformers": "it needs CUDA", "flex": "its backward pass needs CUDA"}[name]
         return f"{reason}, not {device}"
     package = {"xformers": "xformers", "flex": "triton"}[name]
-    return None if find_spec(package) else f"{package} is not installed"
+    if not find_spec(package):
+        return f"{package} is not installed"
+    return _refusal(device) if name == "xformers" else None
+
+
+@cache
+def _refusal(device: torch.device) -> str | None:
+    """Why xformers, though installed, does not run on a device: it is built for one CUDA."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    dtype, bias = machine.matrix_dtype("auto", device), BlockDiagonalMask.from_seqlens([8], [8])
+    x = torch.zeros(1, 8, 1, 64, device=device, dtype=dtype, requires_grad=True)
+    try:
+        memory_efficient_attention(x, x, x, bias).sum().backward()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return f"it does not run here ({str(error).splitlines()[0][:120]})"
+    return None
 
 
 def planner(name: Backend) -> Callable[[Layout], Attend]:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from mmrdpm.cli import benchmarks, data, evaluating, scale, sweeping, training, use
 from mmrdpm.cli.common import INTERRUPTED, command
 from mmrdpm.errors import MmrdpmError
@@ -29,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"mmrdpm: error: {place}{error.strerror or error}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"mmrdpm: error: the GPU's memory is full ({str(error).splitlines()[0][:160]}): lower"
+            " train.micro_batch_size or set train.recompute=true (mmrdpm plan looks ahead), or draw"
+            " and measure less at once",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
         return INTERRUPTED
     return 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmrdpm import machine, recipe, shipped
+from mmrdpm import distributed, machine, recipe, shipped
 from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
 from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.inspect import guess, inspect
@@ -83,6 +83,7 @@ def _is_recipe(name: str) -> bool:
 def data_cache(options: argparse.Namespace) -> None:
     """Caches the latents of a recipe's images; started again, it goes on; also under torchrun."""
     loaded = recipe.load(ModelRecipe, recipe_file(options.recipe, ("model",)), options.overrides)
+    distributed.take_device()
     writers = {
         name: writer
         for name, config in loaded.data.sources.items()

@@ -66,9 +66,9 @@ class EmojiStream:
 
 @torch.no_grad()
 def latents_of(tokenizer: ImageTokenizer, data: EmojiData) -> Tensor:
-    """The latents of all pictures, float32 `[n, *grid, C]`."""
-    chunks = to_tensor(data.images).split(256)
-    return torch.cat([tokenizer.autoencoder.encode(chunk) for chunk in chunks])
+    """The latents of all pictures, float32 `[n, *grid, C]`, on the CPU."""
+    device, chunks = tokenizer.codebook.codes.device, to_tensor(data.images).split(256)
+    return torch.cat([tokenizer.autoencoder.encode(chunk.to(device)).cpu() for chunk in chunks])
 
 
 def _variants(data: EmojiData) -> list[list[int]]:

@@ -127,7 +127,7 @@ class Loader:
             code_indices, states = self.image_tokenizer.encode_latents(
                 torch.stack([latents[i] for i in places]), [seeds[i] for i in places]
             )
-            each = zip(code_indices.unbind(1), states.unbind(1), strict=True)
+            each = zip(code_indices.cpu().unbind(1), states.cpu().unbind(1), strict=True)
             done.update(zip(places, each, strict=True))
         return (done[i] for i in range(len(latents)))
 

@@ -49,7 +49,13 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
     except UnidentifiedImageError:
         cause = "not a picture that can be read"
         raise PictureError(where, cause, " (PNG, JPEG, WebP, ...)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        RuntimeError,  # of AVIF
+        Image.DecompressionBombError,
+    ) as error:
         raise PictureError(where, "the picture could not be read", f": {error}") from None
 
 

@@ -217,10 +217,15 @@ def _as_it_is(part: _Part) -> _Part:
 def _begin_worker(_: int) -> None:
     """Ctrl-C and SIGTERM may reach the whole process group, and the trainer wants to save first.
 
-    A worker that dies of a signal would raise in the trainer at once; one that leaves does not.
-    Where the trainer is killed, a worker with rows to hand over would wait for ever.
+    To finish its update it may still need rows: a worker stays at the first SIGTERM, and leaves at
+    the second. One that died of the signal would raise in the trainer at once; one that leaves does
+    not. Where the trainer is killed, a worker with rows to hand over would wait for ever.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stay_once)
+
+
+def _stay_once(*_: object) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -49,7 +49,8 @@ def resolve(wanted: Wanted, parameters: int, device: torch.device) -> Mode:
         return wanted
     if device.type != "cuda":
         return "ddp"
-    room = torch.cuda.get_device_properties(device).total_memory * _DDP_SHARE
+    memory = torch.cuda.get_device_properties(device).total_memory
+    room = min(distributed.gather_objects(memory)) * _DDP_SHARE  # cards may differ, modes may not
     return "ddp" if parameters * BYTES_PER_PARAMETER <= room else "fsdp"
 
 
@@ -111,14 +112,16 @@ class Parallel:
 
     @contextmanager
     def _reducing(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged once per update, in the backward pass of its last part."""
+        """DDP exchanges gradients once per update, in the backward pass of its last part.
+
+        Sharded ones are exchanged in every part: to add them up first, each rank would have to hold
+        those of the whole model.
+        """
         if isinstance(self.module, DistributedDataParallel) and not last:
             with self.module.no_sync():
                 yield
-            return
-        if self.sharded:
-            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
-        yield
+        else:
+            yield
 
 
 def _mesh(mode: Mode, device: torch.device) -> DeviceMesh:

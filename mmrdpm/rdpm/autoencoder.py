@@ -88,9 +88,11 @@ class LatentNorm(nn.BatchNorm2d):
         from torch.distributed.nn.functional import all_reduce
 
         x = latents.float()
-        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = all_reduce(moments) / distributed.world_size()
-        variance = square - mean.square()
+        centre = self.running_mean.clone()  # near the mean: else the difference would cancel
+        deviation = x - centre[:, None, None]
+        moments = torch.stack([deviation.mean((0, 2, 3)), deviation.square().mean((0, 2, 3))])
+        shift, square = all_reduce(moments) / distributed.world_size()
+        mean, variance = centre + shift, (square - shift.square()).clamp(min=0)
         count = x.numel() // x.shape[1] * distributed.world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, 0.02)

@@ -18,6 +18,7 @@ from mmrdpm.rdpm.trajectory import decode, encode, make_trajectory
 
 SPEC_FILE = "tokenizer.yaml"
 WEIGHTS_FILE = "tokenizer.safetensors"
+FILES = (SPEC_FILE, WEIGHTS_FILE)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class ImageTokenizer(nn.Module):
     def states(self, records: Sequence[TokenRecord]) -> Tensor:
         """Every state on the records' way: `[T + 1, B, *grid, C]`, row t holds `x_t`."""
         code_indices = torch.stack([record.code_indices for record in records], dim=1)
-        noise = self.noise([record.seed for record in records])
+        noise = self.noise([record.seed for record in records], code_indices.shape[2:])
         return decode(self.trajectory, self.codebook, code_indices.to(noise.device), noise)
 
     def decode(self, records: Sequence[TokenRecord]) -> Tensor:
@@ -150,6 +151,7 @@ class ImageTokenizer(nn.Module):
             name: tensor.half() if tensor.is_floating_point() else tensor
             for name, tensor in self.state_dict().items()
         }
+        weights.check_finite(half, folder / WEIGHTS_FILE)  # float16 ends at 65504
         weights.save(half, folder / WEIGHTS_FILE)
 
 

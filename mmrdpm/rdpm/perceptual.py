@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmrdpm import weights
 from mmrdpm.errors import CheckpointError, RecipeError
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as networks expect
@@ -71,17 +72,22 @@ def _load(source: str) -> Any:
         raise RecipeError("train.loss.backbone needs: pip install 'mmrdpm[autoencoders]'") from None
     try:
         network, report = AutoModel.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
+            source,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever the parts that transformers calls raise
         raise CheckpointError(
             f"train.loss.backbone: {source}: no network could be loaded"
             f" ({' '.join(str(error).split())[:240]}): give the folder of one with safetensors"
             f" weights{'' if Path(source).is_dir() else ', or its id on a hub that can be reached'}"
         ) from None
-    if report["missing_keys"]:
+    # a classifier has no pooler, and hidden states need none
+    if missing := [key for key in report["missing_keys"] if not key.startswith("pooler.")]:
         raise CheckpointError(
-            f"train.loss.backbone: {source}: its weights lack"
-            f" {min(report['missing_keys'])!r}: get a good copy"
+            f"train.loss.backbone: {source}: its weights lack {min(missing)!r}: get a good copy"
         )
+    weights.check_finite(network.state_dict(), Path(source))
     return network

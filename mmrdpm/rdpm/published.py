@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrdpm.errors import CheckpointError, RecipeError
+from mmrdpm import weights
+from mmrdpm.errors import CheckpointError, MmrdpmError, RecipeError
 from mmrdpm.rdpm.autoencoder import LatentNorm
 
 _CLASSES = ("AutoencoderKL", "AutoencoderDC")
@@ -55,9 +56,7 @@ class PublishedConfig:
 
     @property
     def factor(self) -> int:
-        details = self.details
-        widths = details.get("block_out_channels") or details["encoder_block_out_channels"]
-        return 2 ** (len(widths) - 1)
+        return 2 ** (len(_widths(self.details)) - 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -123,7 +122,7 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
             not one of three colours.
         CheckpointError: there is none, it is pickled, damaged or incomplete.
     """
-    diffusers, source = _diffusers(), config.diffusers
+    diffusers, source = _diffusers(), _expanded(config.diffusers)
     where = {"subfolder": config.subfolder or None}
     try:
         found = diffusers.AutoencoderKL.load_config(source, **where)
@@ -136,7 +135,9 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
             output_loading_info=True,
             torch_dtype=torch.float32,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except MmrdpmError:
+        raise
+    except Exception as error:  # whatever the parts that diffusers calls raise
         raise CheckpointError(_why(config, error)) from None
     if report["missing_keys"]:
         raise CheckpointError(
@@ -144,6 +145,8 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
             f" {len(report['missing_keys']) - 1} more: they are of another model"
         )
     tensors = model.state_dict()
+    weights.check_finite(tensors, Path(source))
+    found = {**found, "latent_channels": model.config.latent_channels}  # which a file may leave out
     architecture = json.dumps(found, sort_keys=True)
     digest = _digest(tensors)
     if config.sha256 not in ("", digest):
@@ -155,7 +158,8 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
 
 
 def _why(config: PublishedConfig, error: Exception) -> str:
-    source, folder = config.diffusers, Path(config.diffusers) / config.subfolder
+    source = _expanded(config.diffusers)
+    folder = Path(source) / config.subfolder
     if source.startswith((".", "~", "/")) and not Path(source).is_dir():
         return f"tokenizer.autoencoder.diffusers: {source}: no such folder: correct the path"
     if Path(source).is_dir():
@@ -174,6 +178,10 @@ def _why(config: PublishedConfig, error: Exception) -> str:
     )
 
 
+def _expanded(source: str) -> str:
+    return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -190,6 +198,8 @@ def _details(architecture: str, source: str) -> dict[str, Any]:
             f"tokenizer.autoencoder.architecture of {source} is not filled in: train a tokeniser"
             " first"
         ) from None
+    if not isinstance(details, dict):
+        raise RecipeError(f"{source}: its config.json is no mapping: give that of an autoencoder")
     kind = details.get("_class_name")
     if kind not in _CLASSES:
         raise RecipeError(
@@ -200,14 +210,30 @@ def _details(architecture: str, source: str) -> dict[str, Any]:
             raise RecipeError(
                 f"{source}: has {key} {details[key]}, but pictures have 3: give one for RGB"
             )
+    channels, widths = details.get("latent_channels", 1), _widths(details)
+    if not _counts([channels]) or not _counts(widths):
+        raise RecipeError(
+            f"{source}: has latent_channels {channels} and block_out_channels {widths}: its"
+            " config.json does not make sense"
+        )
     return details
+
+
+def _widths(details: dict[str, Any]) -> Any:
+    return details.get("block_out_channels") or details.get("encoder_block_out_channels")
+
+
+def _counts(numbers: Any) -> bool:
+    """Whether it is a list of whole numbers from 1 on, and not empty."""
+    right = isinstance(numbers, list) and all(type(n) is int and n > 0 for n in numbers)
+    return right and bool(numbers)
 
 
 def _build(config: PublishedConfig) -> nn.Module:
     details = config.details
     try:
         return getattr(_diffusers(), details["_class_name"]).from_config(details)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever the parts that diffusers calls raise
         raise RecipeError(
             f"tokenizer.autoencoder.architecture of {config.diffusers} cannot be built: {error}"
         ) from None

@@ -78,8 +78,9 @@ class Usage:
                 f"{run}: the codebook has collapsed: at timestep {worst + 1}, {shares[worst]:.1%}"
                 f" of its codes are in effective use, at {self.low} checks in a row below"
                 f" train.collapse.min_usage {config.min_usage:.1%}: look at the latents (is the"
-                " autoencoder's loss low, are there many pictures), raise train.codebook_batch,"
-                " or lower tokenizer.codebook_size"
+                " autoencoder's loss low, are there many pictures), then begin anew with a larger"
+                " train.codebook_batch or a smaller tokenizer.codebook_size;"
+                f" train.autoencoder_from={run} keeps the autoencoder"
             )
         figures = self._figures(shares)
         self._clear()

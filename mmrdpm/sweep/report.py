@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrdpm.errors import DataError
+from mmrdpm.sweep import plots, scaling
 from mmrdpm.sweep.records import Records
-from mmrdpm.sweep.spec import Sweep
+from mmrdpm.sweep.spec import Chart, Sweep
 
 Row = dict[str, Any]
 
@@ -39,15 +39,35 @@ def report(sweep: Sweep, out: Path) -> Path:
     names = [variant.name for variant in sweep.variants]
     rows = [r for r in Records(out / "results.jsonl").all() if r["variant"] in names]
     tokenizers = [r for r in Records(out / "tokenizers.jsonl").all() if r["name"] in names]
-    parts = [t for t in (results_table(names, rows), tokenizers_table(tokenizers)) if t]
-    table = out / f"{sweep.name}.md"
-    table.write_text("\n".join(parts), encoding="utf-8")
+    parts = [results_table(names, rows), tokenizers_table(tokenizers)]
     if rows:
-        plot_quality(names, rows, out / f"{sweep.name}-quality.svg")
-        plot_steps(names, rows, out / f"{sweep.name}-steps.svg")
+        parts.append(CHARTS[sweep.chart](names, rows, out / sweep.name))
     if tokenizers:
-        plot_tokenizers(tokenizers, out / f"{sweep.name}-tokenizers.svg")
+        plots.plot_tokenizers(tokenizers, out / f"{sweep.name}-tokenizers.svg")
+    table = out / f"{sweep.name}.md"
+    table.write_text("\n".join(filter(None, parts)), encoding="utf-8")
     return table
+
+
+def _quality(names: Sequence[str], rows: Sequence[Row], stem: Path) -> str:
+    plots.plot_quality(names, rows, stem.with_name(f"{stem.name}-quality.svg"))
+    plots.plot_steps(names, rows, stem.with_name(f"{stem.name}-steps.svg"))
+    return ""
+
+
+def _compute(names: Sequence[str], rows: Sequence[Row], stem: Path) -> str:
+    return scaling.compute(rows, stem.with_name(f"{stem.name}-compute.svg"))
+
+
+def _rates(names: Sequence[str], rows: Sequence[Row], stem: Path) -> str:
+    return scaling.learning_rates(rows, stem.with_name(f"{stem.name}-lr.svg"))
+
+
+CHARTS: dict[Chart, Callable[[Sequence[str], Sequence[Row], Path], str]] = {
+    "quality": _quality,
+    "compute": _compute,
+    "lr": _rates,
+}
 
 
 def results_table(names: Sequence[str], rows: Sequence[Row]) -> str:
@@ -88,70 +108,3 @@ def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         return ""
     rule = ["---", *("---:" for _ in titles[1:])]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, rule, *lines))
-
-
-def plot_quality(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
-    """Named in the top 10 against the information in the codes and what independence loses."""
-    figure, axes = _figure(2)
-    pairs = (
-        ("information", "information, nats per picture"),
-        ("independence", "lost by drawing positions independently, nats per picture"),
-    )
-    for axis, (key, label) in zip(axes, pairs, strict=True):
-        for name in names:
-            own = [r for r in rows if r["variant"] == name and r.get(key) is not None]
-            if own:
-                place = [statistics.fmean(r[k] for r in own) for k in (key, "top10")]
-                axis.plot(*place, "o")
-                axis.annotate(name, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.margins(x=0.3)  # room for the names
-        axis.set(xlabel=label, ylabel="named in the top 10")
-    figure.savefig(path)
-
-
-def plot_steps(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
-    """Per step, in the order of drawing: information, and what independence loses."""
-    figure, axes = _figure(2)
-    pairs = (("loss_steps", "nats per code"), ("independence_steps", "lost, nats per code"))
-    for axis, (key, label) in zip(axes, pairs, strict=True):
-        for name in names:
-            own = [r[key] for r in rows if r["variant"] == name and r.get(key)]
-            if own:
-                means = [statistics.fmean(step) for step in zip(*own, strict=True)]
-                share = [(i + 1) / len(means) for i in range(len(means))]
-                axis.plot(share, means, ".-", label=name)
-        axis.set(xlabel="share of the steps drawn", ylabel=label)
-    axes[0].legend(fontsize=6)
-    figure.savefig(path)
-
-
-def plot_tokenizers(tokenizers: Sequence[Row], path: Path) -> None:
-    """Latent error and codebook use per step, in the order of drawing."""
-    figure, axes = _figure(2)
-    for axis, key, label in zip(
-        axes, ("latent_error", "usage"), ("latent error", "codebook use"), strict=True
-    ):
-        for t in tokenizers:
-            share = [(i + 1) / len(t[key]) for i in range(len(t[key]))]
-            axis.plot(share, t[key], ".-", label=t["name"])
-        axis.set(xlabel="share of the steps drawn", ylabel=label)
-    axes[0].set_yscale("log")
-    axes[1].legend(fontsize=6)
-    figure.savefig(path)
-
-
-def _figure(columns: int) -> tuple[Any, Any]:
-    """A figure that needs no display; the same data give the same SVG."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"plots need the package {error.name}: pip install 'mmrdpm[eval]'"
-        ) from None
-    matplotlib.rcParams["svg.hashsalt"] = "mmrdpm"
-    figure = Figure(figsize=(6 * columns, 4.5), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for axis in axes:
-        axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
-    return figure, axes

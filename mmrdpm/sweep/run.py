@@ -92,7 +92,7 @@ def _identity(sweep: Sweep, variant: Variant, seed: int) -> dict[str, Any]:
         "tokenizer": list(variant.tokenizer),
         "model": list(variant.model),
         "sampling": recipes.to_dict(spec.sampling(sweep, variant)),
-        "tflops": sweep.tflops,
+        "tflops": variant.tflops or sweep.tflops,
         "measures": recipes.to_dict(sweep.measures),
     }
 
@@ -117,7 +117,7 @@ def train_run(
     run = out / "runs" / f"{spec.weights_owner(sweep, variant)}-seed{seed}"
     once = spec.model_recipe(sweep, variant, steps=1, seed=0, images=images)
     flops, parameters = count_flops(once)
-    steps = max(1, round(sweep.tflops * 1e12 / flops))
+    steps = max(1, round((variant.tflops or sweep.tflops) * 1e12 / flops))
     recipe = spec.model_recipe(sweep, variant, steps, seed, images)
     begun = (run / checkpoint.RECIPE_FILE).exists()
     clock = time.perf_counter()

@@ -25,12 +25,14 @@ class Variant:
         tokenizer: of the tokeniser's recipe; variants with the same ones share the tokeniser.
         model: of the model's recipe; variants with the same ones, tokeniser too, share the weights.
         sampling: of the section `sampling`, without its name: they need no training.
+        tflops: a budget of its own; 0 is the sweep's.
     """
 
     name: str
     tokenizer: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
     sampling: tuple[str, ...] = ()
+    tflops: float = field(default=0.0, metadata={"min": 0.0})
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Measures:
     seed: int = field(default=0, metadata={"min": 0})
 
 
+Chart = Literal["quality", "compute", "lr"]
+"""What is drawn: quality over information, loss over budget, or loss over learning rate."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A recipe of kind `sweep`.
@@ -63,6 +69,7 @@ class Sweep:
         tflops: training budget of a run, 1e12 floating point operations of forward and backward
             passes; the number of updates follows from it.
         seeds: of training; every variant is trained with each.
+        chart: what is drawn; lr takes `model.width` and `train.lr` from the variants' overrides.
     """
 
     variants: tuple[Variant, ...]
@@ -72,6 +79,7 @@ class Sweep:
     tflops: float = field(default=50.0, metadata={"min": 0.0})
     seeds: tuple[int, ...] = (0,)
     measures: Measures = field(default_factory=Measures)
+    chart: Chart = "quality"
     kind: Literal["sweep"] = "sweep"
 
 
@@ -109,6 +117,10 @@ def _check(sweep: Sweep, variant: Variant) -> None:
     if sweep.model_recipe:
         model_recipe(sweep, variant, steps=1, seed=0)
         sampling(sweep, variant)
+    if sweep.chart == "lr":
+        keys = {override.partition("=")[0] for override in variant.model}
+        if not {"model.width", "train.lr"} <= keys:
+            raise RecipeError("chart: lr needs model.width and train.lr in its model overrides")
 
 
 def tokenizer_recipe(sweep: Sweep, variant: Variant) -> ImageTokenizerRecipe:
@@ -146,6 +158,7 @@ def tokenizer_owner(sweep: Sweep, variant: Variant) -> str:
 
 
 def weights_owner(sweep: Sweep, variant: Variant) -> str:
-    """The first variant with the same tokeniser and model, whose name the run bears."""
-    wanted = (variant.tokenizer, variant.model)
-    return next(v.name for v in sweep.variants if (v.tokenizer, v.model) == wanted)
+    """The first variant trained alike, whose name the run bears."""
+    wanted = (variant.tokenizer, variant.model, variant.tflops)
+    alike = (v.name for v in sweep.variants if (v.tokenizer, v.model, v.tflops) == wanted)
+    return next(alike)

@@ -81,6 +81,13 @@ def open_source(name: str, config: SourceConfig) -> Source:
             f"data.sources.{name}.template is {config.template!r}: it must hold {{label}}, as in"
             " 'a photo of a {label}'"
         )
+    try:
+        config.template.format(label="")
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise RecipeError(
+            f"data.sources.{name}.template is {config.template!r}: it may hold {{label}} and no"
+            " other braces; write {{ and }} for real ones"
+        ) from None
     return _open(config)
 
 

@@ -109,7 +109,7 @@ class CachedLatents(Indexed):
         row = index - int(self.totals[shard - 1] if shard else 0)
         try:
             return _pair(_open(shard_path(self.folder, shard)), row)
-        except (OSError, SafetensorError, ValueError, IndexError) as error:
+        except (OSError, SafetensorError, ValueError, IndexError, TypeError) as error:
             return Broken(f"{self.folder}#{index}", "cache shard cannot be read", str(error))
 
     def fingerprint(self) -> str:
@@ -121,6 +121,8 @@ def _pair(file: Any, row: int) -> Pair:
     ends = file.get_slice("ends")
     begin, end = (int(ends[row - 1]) if row else 0), int(ends[row])
     key, captions = json.loads(bytes(file.get_slice("texts")[begin:end]))
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise ValueError("its captions are no texts")
     latents = file.get_slice(f"latents/{height}x{width}")[place]
     return Pair(key, latents, tuple(captions))
 

@@ -1,0 +1,42 @@
+"""What a model draws and captions while it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mmrdpm.api import Model
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
+from mmrdpm.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is drawn and captioned while the run goes on, every `every` updates.
+
+    Attributes:
+        prompts: names of the embedded data; each is drawn, and its own picture captioned.
+    """
+
+    every: int = field(default=500, metadata={"min": 1})
+    prompts: tuple[str, ...] = ("red heart", "red paper lantern", "dog face", "rainbow", "snowman")
+
+
+def sample(model: Model, plan: Samples, step: int, monitor: Monitor) -> None:
+    """Draws and captions the plan's prompts into the log and `RUN/samples/`.
+
+    The sheet has two rows: the true pictures, as far as the data holds them, and the drawn ones.
+    """
+    data = load_emoji(model.images.image_size)
+    index = {name: i for i, name in enumerate(data.names)}
+    known = [index[p] for p in plan.prompts if p in index]
+    true = to_pictures(to_tensor(data.images[known])) if known else []
+    sheet = contact_sheet([true, model.generate(plan.prompts)], scale=3)
+    folder = monitor.run / "samples"
+    folder.mkdir(exist_ok=True)
+    sheet.save(folder / f"step-{step:07d}.png")
+    monitor.picture("samples", step, sheet)
+    pairs = zip((data.names[i] for i in known), model.caption(true), strict=True)
+    captions = "; ".join(f"{name} -> {caption or '(nothing)'}" for name, caption in pairs)
+    monitor.text("captions", step, captions)
+    monitor.say(f"step {step}  captions: {captions}")
