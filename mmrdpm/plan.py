@@ -8,8 +8,7 @@ without overlap), measured here for `cpu`, from NVIDIA's data sheets for the GPU
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.api import build
@@ -31,6 +27,7 @@ from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.objective import PARTS
 from mmrdpm.optim import Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.tally import Tally
 from mmrdpm.train_model import ModelRecipe
 from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
@@ -43,54 +40,6 @@ _REACHED = 0.6  # of a GPU's data sheet, in practice: an assumption, not yet mea
 _CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take, likewise
 _HOLES = 1.2  # what glibc's heap takes over what lives, as `machine.prepare` sets it: measured
 _PROGRAM = 0.55e9  # bytes that an emoji run on the CPU held before its first update, measured
-
-
-class Tally(TorchDispatchMode):
-    """Follows the operations below it.
-
-    Attributes:
-        flops: of matrix products.
-        moved: bytes read and written by all operations but views.
-        live, peak: bytes of what was made below and still is, now and at most.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.moved = self.live = self.peak = 0.0
-        self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
-        if not _is_view(func):
-            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            self.moved += sum(t.numel() * t.element_size() for t in tensors)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def forget(_: object) -> None:
-            del self._alive[key]
-            self.live -= size
-
-        self._alive[key] = weakref.ref(storage, forget)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-def _is_view(func: Any) -> bool:
-    aliases = (result.alias_info for result in func._schema.returns)
-    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 @dataclass(frozen=True)

@@ -29,20 +29,6 @@ def test_works_take_turns_and_ratios_are_taken_within_a_round():
     assert measure.ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == 2.0
 
 
-def test_peak_bytes_counts_what_is_alive_at_once():
-    def one_by_one():
-        for _ in range(3):
-            torch.zeros(1000)
-
-    def together():
-        kept = [torch.zeros(1000) for _ in range(3)]
-        kept[0].add_(1)  # in place and views take nothing
-        return kept[1][5:]
-
-    assert measure.peak_bytes(one_by_one) == 4000
-    assert measure.peak_bytes(together) == 12_000
-
-
 def test_charts_are_well_formed_and_keep_the_order_of_values():
     drawn = plot.chart("a < b", "x", "y", {"line & more": [(1, 10), (10, 1000), (100, 100)]})
     root = ElementTree.fromstring(plot.page([drawn, drawn, drawn]))

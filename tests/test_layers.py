@@ -8,7 +8,7 @@ import mmrdpm
 PACKAGE = Path(mmrdpm.__file__).parent
 
 FLOORS = [
-    {"errors", "recipe", "shipped", "hub", "machine", "distributed"},
+    {"errors", "recipe", "shipped", "hub", "machine", "tally", "distributed"},
     {"weights", "rdpm", "text_tokenizer", "vocabulary", "attention"},
     {"document", "transformer", "objective", "data", "language_model"},
     {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},

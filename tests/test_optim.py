@@ -122,7 +122,8 @@ def test_an_update_of_a_matrix_moves_a_model_of_any_width_alike(name):
     """The spectral norm of the first update, at aspect ratio 1, with the rate tuned at 32."""
     norms = []
     for width in (32, 128):
-        model = nn.ModuleDict({"attentions": nn.Linear(width, width, bias=False)})
+        names = ("attentions", "table")
+        model = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in names})
         weight = model["attentions"].weight
         before = weight.detach().clone()
         # of rank 1, as the gradient of one token: AdamW's update then has the norm of its signs

@@ -10,7 +10,8 @@ from mmrdpm import machine, plan, recipe
 from mmrdpm.api import build
 from mmrdpm.cli import main
 from mmrdpm.errors import UsageError
-from mmrdpm.plan import Tally, lines, make_plan
+from mmrdpm.plan import lines, make_plan
+from mmrdpm.tally import Tally
 from mmrdpm.train_model import ModelRecipe, Trainer
 
 MIDDLE = ["model.layers=4", "model.width=256", "model.heads=4", "model.kv_heads=2", "model.ffn=512"]
@@ -54,6 +55,25 @@ def test_the_tally_counts_one_product_and_what_lives_at_once():
     assert tally.flops == 2 * 10 * 20 * 30
     assert tally.peak >= 4 * (10 * 20 + 20 * 30 + 10 * 30)
     assert tally.live == c.numel() * 4
+
+
+def test_what_dies_views_and_what_is_there_already_take_nothing():
+    there = torch.zeros(5000)
+
+    def one_by_one():
+        for _ in range(3):
+            torch.zeros(1000)
+
+    def together():
+        kept = [torch.zeros(1000) for _ in range(3)]
+        kept[0].add_(1)
+        there.t().add_(1)
+        return kept[1][5:]
+
+    for work, peak in ((one_by_one, 4000), (together, 12_000)):
+        with Tally() as tally:
+            work()
+        assert tally.peak == peak
 
 
 def test_parts_of_a_batch_and_recomputing_need_less(tiny_recipe):
@@ -102,7 +122,7 @@ def test_doctor_looks_at_the_machine_and_at_a_recipe(tiny_recipe, capsys):
 
 def test_a_shard_holds_no_whole_gradient_but_the_embeddings(tiny_recipe):
     """So few tokens that a copied model's update needs its gradients at once, and little else."""
-    size = ["data.rows=2", "data.seq_len=24", "model.layers=6", "model.width=256", "model.heads=4"]
+    size = ["data.rows=2", "data.seq_len=16", "model.width=512", "model.heads=8", "model.ffn=1024"]
     copied, sharded = (
         make_plan(load(tiny_recipe, *size, f"train.parallel={mode}"), 2, "h100")
         for mode in ("ddp", "fsdp")
@@ -127,12 +147,17 @@ def bare(loaded):
 
 
 def test_the_operations_of_attention_are_counted(tiny_recipe):
-    """The same row with twice the positions: products by weights double, those of pairs do more."""
+    """Rows of 32 positions as two documents of 16, or as one of 24 and one of 8."""
     short, long = (
-        make_plan(load(tiny_recipe, "data.rows=1", f"data.seq_len={n}"), 1, "h100")
-        for n in (20, 40)
+        make_plan(
+            load(tiny_recipe, "data.rows=1", "data.seq_len=32", f"data.steps_per_image={steps}"),
+            1,
+            "h100",
+        )
+        for steps in (1, 3)
     )
-    assert long.flops > 2 * short.flops * 1.001
+    pairs = 24**2 + 8**2 - 2 * 16**2
+    assert long.flops - short.flops == 7 * 2 * pairs * 32 * 2  # products, width, layers
 
 
 def test_a_container_without_a_limit_has_the_memory_of_its_machine(tmp_path, monkeypatch):

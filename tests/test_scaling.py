@@ -1,11 +1,14 @@
 """Power laws and learning rates from the results of sweeps, and the sizes that are swept."""
 
 import pytest
+import torch
 
-from mmrdpm import shipped
+from mmrdpm import shipped, text_tokenizer
+from mmrdpm.api import build
+from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep import scaling, spec
-from mmrdpm.sweep.run import count_flops
 from mmrdpm.sweep.scaling import Point
+from mmrdpm.vocabulary import Vocabulary
 
 
 def row(variant, tflops, parameters, loss, *model, seed=0):
@@ -64,9 +67,14 @@ def test_charts_and_their_tables(tmp_path):
 
 def test_the_swept_sizes_are_those_of_their_names():
     sweep = spec.load(shipped.folder("recipes") / "scaling" / "compute.yaml")
+    images = image_tokenizer.load(shipped.resolve("tokenizers", "emoji-rdpm-32"))
+    texts = text_tokenizer.load(shipped.resolve("tokenizers", "emoji-bpe-4k"))
     sizes = {variant.name.rsplit("-", 1)[0]: variant for variant in sweep.variants}
     assert len(sizes) == 5
     for name, variant in sizes.items():
-        _, parameters = count_flops(spec.model_recipe(sweep, variant, steps=1, seed=0))
+        shape = spec.model_recipe(sweep, variant, steps=1, seed=0).model
+        with torch.device("meta"):
+            model = build(shape, Vocabulary(texts.size, images.codebook_size), images)
+        parameters = sum(p.numel() for p in model.parameters())
         assert parameters / 1e6 == pytest.approx(float(name.removesuffix("m")), rel=0.15)
         assert variant.tflops == float(variant.name.rsplit("-", 1)[1])

@@ -7,15 +7,11 @@ import math
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Work = Callable[[], object]
 
@@ -66,41 +62,6 @@ def memory_read(device: torch.device) -> tuple[Work, int]:
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """b of the least-squares fit `value = a * size ** b`, on logarithms."""
     return statistics.linear_regression(*(list(map(math.log, x)) for x in (sizes, values))).slope
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and alive; `peak` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._known | inputs:
-                self._take(x.untyped_storage())
-        return out
-
-    def _take(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._give_back, key, size)
-
-    def _give_back(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
-
-
-def peak_bytes(work: Work) -> int:
-    """The most bytes that the tensors made by one call take at once, weights left out."""
-    with PeakBytes() as counter:
-        work()
-    return counter.peak
 
 
 def machine_facts(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from mmrdpm.bench.measure import (
     machine_facts,
     matrix_product,
     memory_read,
-    peak_bytes,
     ratio,
 )
 from mmrdpm.bench.plot import chart, page
@@ -28,6 +27,7 @@ from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling.choose import Choice
 from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.sampling.text import sample_text
+from mmrdpm.tally import Tally
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
@@ -188,6 +188,13 @@ GROWTH: dict[str, dict[int, Size]] = {
 """Sizes by what grows; of a stack of width D, `4 layers * (4 + 9) D^2` weights."""
 
 
+def _peak(work: Work) -> float:
+    """The most bytes that the tensors made by one call take at once, weights left out."""
+    with Tally() as tally:
+        work()
+    return tally.peak
+
+
 def growth(sizes: dict[int, Size], rounds: int) -> dict[str, Any]:
     """Seconds and peak bytes over sizes, with the exponents of fitted power laws."""
     works = {str(size): built.drawing() for size, built in sizes.items()}
@@ -196,7 +203,7 @@ def growth(sizes: dict[int, Size], rounds: int) -> dict[str, Any]:
         {
             "size": size,
             "seconds": statistics.median(seconds[str(size)]),
-            "bytes": peak_bytes(works[str(size)]),
+            "bytes": _peak(works[str(size)]),
         }
         for size in sizes
     ]
