@@ -137,7 +137,7 @@ def adopt_autoencoder(tokenizer: ImageTokenizer, source: str) -> None:
 def _finished_or_stopped(folder: Path) -> ImageTokenizer:
     """The tokeniser in a folder; that of the newest checkpoint while its run has not ended."""
     latest = checkpoint.newest(folder)
-    if latest is None or (folder / image_tokenizer.SPEC_FILE).is_file():
+    if latest is None or (folder / image_tokenizer.WEIGHTS_FILE).is_file():
         return image_tokenizer.load(folder)
     path = folder / checkpoint.RECIPE_FILE
     section = recipe.read(path).get("tokenizer") or {}

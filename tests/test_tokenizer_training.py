@@ -330,7 +330,11 @@ def test_mistakes_of_a_recipe_are_refused(published, pictures, tmp_path, monkeyp
         (kl, {"decoder_share": 0.1}, "stays as it is: set it to 0"),
         (kl, {"decoder_share": 0.0, "ema": 0.9}, "stays as it is: leave them out"),
         ({**kl, "image_size": 33}, {"decoder_share": 0.0}, "a multiple of 2"),
-        (OWN, {"loss": {"adversarial": 0.1, "adversarial_start": 20}}, "but there are 20 updates"),
+        (
+            OWN,
+            {"steps": 20, "loss": {"adversarial": 0.1, "adversarial_start": 20}},
+            "are 20 updates",
+        ),
         (OWN, {"loss": {"adversarial": 0.1}, "batch_size": 3}, "multiple of train.batch_size, 3"),
         ({**OWN, "image_size": 16}, {"loss": {"adversarial": 0.1}}, "at least 32 pixels, not 16"),
         (OWN, {"loss": {"perceptual": 1.0, "backbone": "/nowhere"}}, "no network could be loaded"),
