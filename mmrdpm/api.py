@@ -73,7 +73,10 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
 
 def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokenizer) -> Transformer:
     """A fresh transformer that fits the tokenizers."""
-    return Transformer(config, vocabulary.size, images.latent_channels, images.num_timesteps)
+    channels, num_timesteps = images.latent_channels, images.num_timesteps
+    transformer = Transformer(config, vocabulary.size, channels, num_timesteps)
+    transformer.know_codes(images.codebook.codes)
+    return transformer
 
 
 def identity(images: ImageTokenizer, texts: TextTokenizer) -> dict[str, Any]:

@@ -209,6 +209,7 @@ class Trainer:
             self.device,
             self.dtype,
         )
+        self.transformer.know_codes(self.images.codebook.codes)
         self.origin = ""
         if (name := recipe.model.init_from) and checkpoint.agreed(run) is None:
             self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)

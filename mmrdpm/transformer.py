@@ -2,9 +2,10 @@
 
 Design choices: pre-norm RMSNorm without weights; SwiGLU; QK-norm; grouped-query attention; no
 biases; RoPE over (slot, place in the grid); one table both embeds token ids and scores all of the
-shared vocabulary; image positions enter by one linear map of `(x_t, x_T)` plus an embedding of t;
-projections that write to the residual stream start at zero, so that the stack starts as identity.
-The keys from `attention_width` on differ from that as a language model does, see `language_model`.
+shared vocabulary, where `code_geometry` adds to the score of an image code; image positions enter
+by one linear map of `(x_t, x_T)` plus an embedding of t; projections that write to the residual
+stream start at zero, so that the stack starts as identity. The keys from `attention_width` on
+differ from that as a language model does, see `language_model`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class TransformerConfig:
         sees_start_noise: whether image positions enter with `x_T` beside `x_t`.
         history: whether a noisy block sees those of its image's earlier steps. Drawing shows all
             of them: learn all timesteps of an image at once, `data.steps_per_image` = T.
+        code_geometry: whether the score of an image code has, beside its row of the table, a part
+            that is linear in the code's vector and its squared length, as `-||r - e_k||^2` is:
+            codes that lie near each other then score alike from the start.
         init_from: weights to begin with, see `pretrained`: a language model's folder or hub id, or
             an earlier run. The shape is then that model's and can be left out.
         attention_width: of all queries of a position together; 0 is `width`.
@@ -58,6 +62,7 @@ class TransformerConfig:
     ffn: int = field(default=704, metadata={"min": 8})
     sees_start_noise: bool = True
     history: bool = False
+    code_geometry: bool = False
     init_from: str = ""
     attention_width: int = field(default=0, metadata={"min": 0})
     norm_weights: bool = False
@@ -155,11 +160,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.plan: Callable[[Layout], Callable[..., Tensor]] = sdpa.plan  # a run may choose another
+        self.code_features: Tensor | None
         self.recompute = False  # whether layers are computed anew in the backward pass
         self.table = nn.Embedding(vocab_size, config.width)
         seen = 2 * latent_channels if config.sees_start_noise else latent_channels
         self.from_latents = nn.Linear(seen, config.width, bias=False)
         self.timesteps = nn.Embedding(num_timesteps + 1, config.width)
+        if config.code_geometry:
+            self.from_codes = nn.Linear(latent_channels + 1, config.width, bias=False)
+        self.register_buffer("code_features", None, persistent=False)
         self.attentions = nn.ModuleList(Attention(config) for _ in range(config.layers))
         self.feed_forwards = nn.ModuleList(FeedForward(config) for _ in range(config.layers))
         # before each attention and each feed-forward, in their order, and after the last
@@ -172,6 +181,19 @@ class Transformer(nn.Module):
         """The whole initialisation."""
         for name, parameter in self.named_parameters():
             initialise(name, parameter)
+
+    def know_codes(self, codes: Tensor) -> None:
+        """Takes the codebook `[S, K, C]`, whose codes are the last K ids, where scores need it.
+
+        It is the tokeniser's and not saved here: whoever builds a transformer, or gives it other
+        memory, calls this. Tables per timestep count by their mean.
+        """
+        if self.config.code_geometry:
+            vectors = codes.float().mean(0)
+            length = vectors.square().sum(1, keepdim=True)
+            length = (length - length.mean()) / length.std(correction=0).clamp(min=1e-6)
+            features = torch.cat([vectors, length], dim=1)
+            self.code_features = features.to(self.table.weight.device)
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed rows -> hidden states `[R, S, width]`; `logits` scores them."""
@@ -219,7 +241,14 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
         """Hidden states `[..., width]` -> scores of token ids `[..., V]`, or only of some."""
         scores = self.table if self.config.tied else self.unembedding
-        return linear(hidden, scores.weight[ids])
+        rows = scores.weight[ids]
+        if self.code_features is not None:
+            first = len(scores.weight) - len(self.code_features)
+            start, stop, _ = ids.indices(len(scores.weight))
+            if stop > first:
+                part = self.from_codes(self.code_features[max(0, start - first) : stop - first])
+                rows = torch.cat([rows[: -len(part)], rows[-len(part) :] + part])
+        return linear(hidden, rows)
 
 
 @torch.no_grad()
@@ -227,7 +256,7 @@ def initialise(name: str, parameter: Tensor) -> None:
     """Draws one parameter, by its name, from torch's global generator."""
     if parameter.ndim == 1:  # of a norm
         nn.init.ones_(parameter)
-    elif name.endswith(("out.weight", "down.weight")):
+    elif name.endswith(("out.weight", "down.weight", "from_codes.weight")):
         nn.init.zeros_(parameter)
     elif name.startswith(("table", "timesteps", "unembedding")):
         nn.init.normal_(parameter, std=0.02)

@@ -18,6 +18,7 @@ from mmrdpm.data.records import Broken, Interleaved, Pair, Picture, Record, Text
 from mmrdpm.document import Document, ImageSegment, TextSegment
 from mmrdpm.errors import DataError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
+from mmrdpm.rdpm.schedule import Schedule
 from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.vocabulary import Vocabulary
 
@@ -93,6 +94,7 @@ class Drafter:
                 f"data.steps_per_image is {plan.steps_per_image}, the image tokeniser has only"
                 f" {self.num_timesteps} timesteps: lower it"
             )
+        self.shares = _shares(plan, image_tokenizer.trajectory.schedule)
 
     def check_fits(self) -> None:
         """Checks that a row holds an image, learned and seen, with the longest caption.
@@ -171,7 +173,8 @@ class Drafter:
         return draft
 
     def _timesteps(self, random: np.random.Generator) -> tuple[int, ...]:
-        drawn = random.choice(self.num_timesteps, self.plan.steps_per_image, replace=False)
+        count = self.plan.steps_per_image
+        drawn = random.choice(self.num_timesteps, count, replace=False, p=self.shares)
         return tuple(sorted((int(t) + 1 for t in drawn), reverse=True))
 
     def _caption(self, caption: str) -> tuple[tuple[int, ...], bool]:
@@ -251,3 +254,12 @@ def _closed(done: list[tuple[int, ...] | ImageDraft], run: list[int]) -> Draft:
         assert isinstance(image, ImageDraft)
         return Draft((*before, replace(image, clean=False)))
     return Draft((*done, tuple(run)))
+
+
+def _shares(plan: DataPlan, schedule: Schedule) -> np.ndarray | None:
+    """How likely each timestep is drawn, t = 1 first, None for alike."""
+    if plan.timesteps == "alike":
+        return None
+    sigmas = [schedule.coefficients(t)[1] for t in range(schedule.num_timesteps + 1)]
+    way = np.diff(sigmas)
+    return way / way.sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.errors import RecipeError
@@ -21,6 +22,9 @@ class DataPlan:
         caption_dropout: of the caption -> image documents, those with an empty caption, which
             classifier-free guidance needs.
         steps_per_image: how many of the T timesteps one document learns, drawn at random.
+        timesteps: how often each is drawn: `alike`, or as far as the `path` goes in it, by
+            `sigma_t - sigma_{t-1}` of the tokeniser's schedule, since that much of a picture
+            hangs on it.
         rows, seq_len: tokens per update of all ranks together, `rows * seq_len`.
         look_ahead: documents among which each row chooses those that fill it. None is 16 with
             `sources`; without, it takes the embedded documents in their order.
@@ -34,6 +38,7 @@ class DataPlan:
     caption_share: float = field(default=0.25, metadata={"min": 0.0, "max": 1.0})
     caption_dropout: float = field(default=0.1, metadata={"min": 0.0, "max": 1.0})
     steps_per_image: int = field(default=4, metadata={"min": 1})
+    timesteps: Literal["alike", "path"] = "alike"
     rows: int = field(default=24, metadata={"min": 1})
     seq_len: int = field(default=256, metadata={"min": 16})
     look_ahead: int | None = field(default=None, metadata={"min": 1})
