@@ -23,6 +23,9 @@ from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.vocabulary import Vocabulary
 
 _LONGEST_TOKEN = 64  # characters; a caption is cut to this many per token before it is encoded
+_ALIKE = (
+    0.25  # of the draws by the path's way: the last steps, short as they are, need learning too
+)
 
 
 @dataclass(frozen=True)
@@ -262,4 +265,4 @@ def _shares(plan: DataPlan, schedule: Schedule) -> np.ndarray | None:
         return None
     sigmas = [schedule.coefficients(t)[1] for t in range(schedule.num_timesteps + 1)]
     way = np.diff(sigmas)
-    return way / way.sum()
+    return (1 - _ALIKE) * way / way.sum() + _ALIKE / len(way)

@@ -22,9 +22,9 @@ class DataPlan:
         caption_dropout: of the caption -> image documents, those with an empty caption, which
             classifier-free guidance needs.
         steps_per_image: how many of the T timesteps one document learns, drawn at random.
-        timesteps: how often each is drawn: `alike`, or as far as the `path` goes in it, by
-            `sigma_t - sigma_{t-1}` of the tokeniser's schedule, since that much of a picture
-            hangs on it.
+        timesteps: how often each is drawn: `alike`, or by the `path`: three quarters of the draws
+            go by `sigma_t - sigma_{t-1}` of the tokeniser's schedule, how far the path goes in the
+            step, as that much of a picture hangs on it.
         rows, seq_len: tokens per update of all ranks together, `rows * seq_len`.
         look_ahead: documents among which each row chooses those that fill it. None is 16 with
             `sources`; without, it takes the embedded documents in their order.
