@@ -23,9 +23,8 @@ from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.vocabulary import Vocabulary
 
 _LONGEST_TOKEN = 64  # characters; a caption is cut to this many per token before it is encoded
-_ALIKE = (
-    0.25  # of the draws by the path's way: the last steps, short as they are, need learning too
-)
+# of the draws by the path's way: its last steps, though short, need learning too
+_ALIKE = 0.25
 
 
 @dataclass(frozen=True)
