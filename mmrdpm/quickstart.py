@@ -80,7 +80,7 @@ def _page(drawn: list[str], captions: list[tuple[str, str]], texts: list[str], r
     lines = "".join(f"<li>{html.escape(text)}</li>" for text in texts)
     return f"""<!doctype html><meta charset="utf-8"><title>mmrdpm quickstart</title>
 <style>body {{ font: 16px sans-serif; max-width: 60em; margin: 2em auto }}
-img {{ image-rendering: pixelated }}</style>
+img {{ image-rendering: pixelated; max-width: 100% }}</style>
 <h1>mmrdpm quickstart</h1>
 <h2>Drawn by {api.DEFAULT_MODEL}</h2>
 <p>Rows: {", ".join(map(html.escape, PROMPTS))}; four seeds each.</p><img src="{drawn[0]}">
@@ -88,15 +88,21 @@ img {{ image-rendering: pixelated }}</style>
 <h2>Captions of real pictures, by the same weights</h2><table>{rows}</table>
 <h2>Texts completed by the same weights</h2><ul>{lines}</ul>
 <h2>A small model trained just now</h2>
-<p>Losses in nats per token over {_steps(run)} updates: blue images, orange text.</p>{_curves(run)}
+<p>{_losses(run)}</p>{_curves(run)}
 <p>Before and after; in each, the upper row holds the real pictures.</p>
 <img src="train/samples/{before.name}"><br><img src="train/samples/{after.name}">
 <p>Pictures of the embedded data: Twemoji, (c) Twitter, Inc. and other contributors, CC-BY 4.0.</p>
 """
 
 
-def _steps(run: Path) -> int:
-    return _records(run)[-1]["step"]
+def _losses(run: Path) -> str:
+    """Where the losses began and ended."""
+    first, *_, last = _records(run)
+    image, text = (f"{first[k]:.2f} to {last[k]:.2f}" for k in ("loss/image", "loss/text"))
+    return (
+        f"Losses in nats per token, updates {first['step']} to {last['step']}: images (blue)"
+        f" {image}, texts (orange) {text}."
+    )
 
 
 def _records(run: Path) -> list[dict]:
