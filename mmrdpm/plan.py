@@ -107,19 +107,17 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     moments = _moments(loaded, model) / (share if sharded else 1)
     gathered = 4.0 * _outside(model) if sharded else 0.0  # the embeddings, for the whole pass
     spent = update.peak * (_HOLES if kind == "cpu" else 1)
-    base = _PROGRAM if kind == "cpu" else _CONTEXT
-    memory = {
+    lasting = {
         "weights": held,
-        "gradients": held,
         "optimiser": moments,
         "average": held if loaded.train.ema else 0.0,
         "gathered": gathered,
-        "logits": logits,
-        "activations": max(0.0, spent - logits - (0 if added else held)),
-        "program": base,
+        "program": _PROGRAM if kind == "cpu" else _CONTEXT,
     }
+    activations = max(0.0, spent - logits - (0 if added else held))
+    memory = {**lasting, "gradients": held, "logits": logits, "activations": activations}
     beside = held if added else 0.0  # else gradients come while activations go
-    peak = base + held + moments + memory["average"] + gathered + max(spent + beside, held)
+    peak = sum(lasting.values()) + max(spent + beside, held)
     flops = passes * update.flops + optimizer.flops
     moved = passes * update.moved + optimizer.moved
     rate, bandwidth = _rates(loaded, kind)

@@ -396,7 +396,5 @@ def test_the_autoencoder_of_a_stopped_run_is_not_lost(finished, full_recipe, tmp
     assert train_image(recipe.from_dict(ImageTokenizerRecipe, mapping, "test"), tmp_path / "run")
     there, _ = weights.load(tmp_path / "stopped" / "step-0000012.safetensors")
     here = image_tokenizer.load(tmp_path / "run").autoencoder.encoder.state_dict()
-    for name, tensor in here.items():
-        torch.testing.assert_close(
-            tensor, there[f"autoencoder.encoder.{name}"], atol=1e-3, rtol=1e-3
-        )
+    wanted = {name: there[f"autoencoder.encoder.{name}"] for name in here}
+    torch.testing.assert_close(here, wanted, atol=1e-3, rtol=1e-3)
