@@ -1,15 +1,26 @@
 # Two commands for a fresh machine: `make quickstart` draws and trains, `make test` tests.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Where there is no NVIDIA driver: its CPU build, if the package index offers one.
-TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)) python3)
+# Without an NVIDIA driver the CPU build: on Linux the usual index has CUDA's 3 GB alone, torch's own
+# has both. Where that one cannot be reached (a mirror, no network), whatever the usual one has.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
 .PHONY: setup quickstart test
 
 setup: .venv/core
 
 .venv/core: pyproject.toml
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q '$(TORCH)'
+	@"$(PYTHON)" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'mmrdpm needs Python 3.11 or newer with its venv module (Debian, Ubuntu: apt install' \
+	    'python3-venv); another one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+ifdef GPU
+	.venv/bin/pip install -q 'torch>=2.10'
+else
+	.venv/bin/pip install -q 'torch==2.13.0' $$(.venv/bin/python -c \
+	  'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null \
+	  && echo --extra-index-url $(CPU_INDEX))
+endif
 	.venv/bin/pip install -q -e .
 	touch $@
 

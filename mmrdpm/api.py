@@ -10,8 +10,10 @@ A model is a folder, a run's own or a shipped one:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from mmrdpm.vocabulary import Vocabulary
 DEFAULT_MODEL = "emoji-tiny"
 IMAGE_TOKENIZER, TEXT_TOKENIZER = "tokenizers/image", "tokenizers/text"  # inside a model's folder
 TOKENIZER_FILES = {IMAGE_TOKENIZER: image_tokenizer.FILES, TEXT_TOKENIZER: text_tokenizer.FILES}
-_MAX_SEED = 2**63 - 1
+_MAX_SEED = 2**32 - 1  # torch's generator on the CPU looks at no more bits
 _LONGEST_CAPTION = 48  # tokens; the embedded names take 20 at most
 
 
@@ -138,7 +140,7 @@ class Model:
         return replace(self, transformer=self.transformer.to(device), images=self.images.to(device))
 
     def generate(
-        self, prompts: Sequence[str], seed: int = 0, n: int = 1, **how: float
+        self, prompts: Sequence[str], seed: int | Sequence[int] = 0, n: int = 1, **how: float
     ) -> list[Image.Image]:
         """Draws `n` pictures per prompt, in the prompts' order.
 
@@ -146,18 +148,21 @@ class Model:
         `n=1` with that seed gives.
 
         Args:
+            seed: one for all prompts, so that they share their noise, or one for each.
             how: what differs from `self.sampling`: guidance_scale, temperature, top_k, top_p.
 
         Raises:
-            UsageError: a prompt is empty or too long, or a number is out of range.
+            UsageError: a prompt is empty or too long, a number is out of range, or there are seeds
+                for some prompts only.
         """
         if isinstance(prompts, str):
             raise UsageError("generate takes a list of prompts: put the text in [brackets]")
         if n < 1:
             raise UsageError(f"n is {n}: draw at least 1 picture per prompt")
+        seeds = _seeds(seed, len(prompts))
         if not prompts:
             return []
-        drawn = [(prompt, seed + j) for prompt in prompts for j in range(n)]
+        drawn = [(p, s + j) for p, s in zip(prompts, seeds, strict=True) for j in range(n)]
         return to_pictures(self.images.decode_latents(self._states(drawn, **how)[0]))
 
     def trace(self, prompt: str, seed: int = 0, **how: float) -> list[Image.Image]:
@@ -165,9 +170,17 @@ class Model:
         states = self._states([(prompt, seed)], **how)[:, 0]
         return to_pictures(self.images.decode_latents(states.flip(0)))
 
-    def reconstruct(self, images: Sequence[Image.Image], seed: int = 0) -> list[Image.Image]:
-        """What the image tokeniser leaves of pictures: through their codes and back."""
-        latents = [self._states_of(image, seed)[1][0] for image in _pictures(images)]
+    def reconstruct(
+        self, images: Sequence[Image.Image], seed: int | Sequence[int] = 0
+    ) -> list[Image.Image]:
+        """What the image tokeniser leaves of pictures: through their codes and back.
+
+        Args:
+            seed: of the noise, one for all pictures or one for each.
+        """
+        seeds = _seeds(seed, len(_pictures(images)))
+        pairs = zip(images, seeds, strict=True)
+        latents = [self._states_of(image, own)[1][0] for image, own in pairs]
         return to_pictures(self.images.decode_latents(torch.stack(latents))) if latents else []
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
@@ -181,10 +194,12 @@ class Model:
         """The text with its continuation.
 
         Raises:
-            UsageError: the text is empty or longer than the context.
+            UsageError: the text is empty or longer than the context, or a number is out of range.
         """
         if not text:
             raise UsageError("the text to complete is empty: give at least one character")
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1")
         ids = (self.vocabulary.bos, *self.texts.encode(text))
         if len(ids) >= self.context:
             raise UsageError(_too_long("the text", len(ids), self.context - 1))
@@ -209,7 +224,8 @@ class Model:
             guided = replace(self.sampling, **how)  # type: ignore[arg-type]
         except TypeError as error:
             raise UsageError(f"generate: {error}") from None
-        requests = [Request(self._prompt(prompt), check_seed(seed)) for prompt, seed in drawn]
+        captions = {prompt: self._prompt(prompt) for prompt, _ in drawn}
+        requests = [Request(captions[prompt], check_seed(seed)) for prompt, seed in drawn]
         return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
 
     def _continue(
@@ -250,7 +266,7 @@ class Model:
         if not prompt.strip():
             raise UsageError("the prompt is empty: say what to draw")
         ids = tuple(self.texts.encode(prompt))
-        room = self.context - 2 - self.images.noise([0])[0, 0, ..., 0].numel()
+        room = self.context - 2 - math.prod(self.images.grid)
         if len(ids) > room:
             raise UsageError(_too_long(f"the prompt {prompt[:30]!r}", len(ids), room))
         return ids
@@ -266,9 +282,21 @@ def check_seed(seed: int) -> int:
     Raises:
         UsageError: it is no whole number, or out of range.
     """
-    if not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
+    try:
+        whole = index(seed)
+    except TypeError:
+        whole = -1
+    if not 0 <= whole <= _MAX_SEED:
         raise UsageError(f"seed {seed}: it must be a whole number between 0 and {_MAX_SEED}")
-    return seed
+    return whole
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of several inputs."""
+    seeds = seed if isinstance(seed, Sequence) else [seed] * count
+    if len(seeds) != count:
+        raise UsageError(f"{len(seeds)} seeds for {count} inputs: give one each, or one for all")
+    return [check_seed(one) for one in seeds]
 
 
 def _pictures(images: Sequence[Image.Image]) -> Sequence[Image.Image]:

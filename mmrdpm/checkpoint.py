@@ -74,7 +74,8 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
         if key in free:
             continue
         raise CheckpointError(
-            f"{run}: was begun with {key}={old}, not {new}: resume it with the same recipe"
+            f"{run}: was begun with {key}={old}, not {new}: resume it with the same recipe, or"
+            " begin anew in another folder"
         )
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,7 +25,12 @@ _OPTIONAL = {  # package -> what it is for
     "xformers": "fastest attention on CUDA",
     "triton": "flex attention and torch.compile on CUDA",
     "wandb": "train.wandb",
-    "efficientnet-lite-pytorch": "mmrdpm eval",
+    "efficientnet-lite-pytorch": "mmrdpm eval and sweep",
+    "datasets": "sources of type huggingface",
+    "webdataset": "sources of type webdataset",
+    "transformers": "recipes/unified_*.yaml, perceptual loss",
+    "diffusers": "published autoencoders",
+    "ray": "mmrdpm data cache on a Ray cluster",
 }
 _CHECKPOINT = 4  # times the weights: weights, moments, and what is written before the old one goes
 
@@ -114,6 +119,8 @@ def _data(loaded: ModelRecipe) -> Iterator[Line]:
 
 def _needs(loaded: ModelRecipe) -> Iterator[Line]:
     plan = make_plan(loaded, 1, _kind())
+    if torch.cuda.is_available():  # the card that is here may be none of the planned kinds
+        plan = replace(plan, room=float(torch.cuda.get_device_properties(0).total_memory))
     text = f"{plan.peak / 1e9:.2f} GB at once in one process"
     if plan.room:
         text += f", of {plan.room / 1e9:.0f} GB"

@@ -61,7 +61,9 @@ class Muon(Optimizer):
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - self._MOMENTUM)
                 update = self.orthogonal(p.grad.lerp(momentum, self._MOMENTUM))
                 p.mul_(1 - group["lr"] * group["weight_decay"])

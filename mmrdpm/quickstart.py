@@ -43,12 +43,19 @@ def quickstart(folder: Path, say: Callable[[str], None]) -> Path:
         say(f"completed: {text}")
     say("training a small model of the same kind for about three minutes")
     run = folder / "train"
-    loaded = recipe.load(ModelRecipe, shipped.resolve("recipes", _RECIPE))
-    if not train(loaded, run, resume=(run / checkpoint.RECIPE_FILE).exists()):
+    if not _train(run):
         raise CheckpointError(f"{run}: training was stopped: run the same command to go on")
     page = folder / "index.html"
     page.write_text(_page(drawn, captions, texts, run), encoding="utf-8")
     return page
+
+
+def _train(run: Path) -> bool:
+    """Trains the small model, or goes on with it; False if it was stopped."""
+    path = shipped.resolve("recipes", _RECIPE)
+    # nothing that would have to be compiled first
+    loaded = recipe.load(ModelRecipe, path, ["train.compile=false", "train.attention=sdpa"])
+    return train(loaded, run, resume=(run / checkpoint.RECIPE_FILE).exists())
 
 
 def draw(model: Model, folder: Path) -> list[str]:

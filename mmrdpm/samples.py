@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from PIL import Image
+
 from mmrdpm.api import Model
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
+from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.monitor import Monitor
 
 
@@ -25,18 +27,20 @@ class Samples:
 def sample(model: Model, plan: Samples, step: int, monitor: Monitor) -> None:
     """Draws and captions the plan's prompts into the log and `RUN/samples/`.
 
-    The sheet has two rows: the true pictures, as far as the data holds them, and the drawn ones.
+    The sheet has two rows: the true pictures, white where the data holds none, and the drawn ones.
     """
-    data = load_emoji(model.images.image_size)
+    size = model.images.image_size
+    data = load_emoji(size)
     index = {name: i for i, name in enumerate(data.names)}
-    known = [index[p] for p in plan.prompts if p in index]
-    true = to_pictures(to_tensor(data.images[known])) if known else []
-    sheet = contact_sheet([true, model.generate(plan.prompts)], scale=3)
+    true = {p: Image.fromarray(data.images[index[p]]) for p in plan.prompts if p in index}
+    white = Image.new("RGB", (size, size), "white")
+    above = [true.get(prompt, white) for prompt in plan.prompts]
+    sheet = contact_sheet([above, model.generate(plan.prompts)], scale=3)
     folder = monitor.run / "samples"
     folder.mkdir(exist_ok=True)
     sheet.save(folder / f"step-{step:07d}.png")
     monitor.picture("samples", step, sheet)
-    pairs = zip((data.names[i] for i in known), model.caption(true), strict=True)
+    pairs = zip(true, model.caption(list(true.values())), strict=True)
     captions = "; ".join(f"{name} -> {caption or '(nothing)'}" for name, caption in pairs)
     monitor.text("captions", step, captions)
     monitor.say(f"step {step}  captions: {captions}")

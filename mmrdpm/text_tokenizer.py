@@ -18,7 +18,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mmrdpm.errors import CheckpointError, DataError
+from mmrdpm.errors import CheckpointError, DataError, RecipeError
 
 FILES = ("tokenizer.json", "tokenizer.model")
 """What a text tokeniser's folder holds, one of the two."""
@@ -139,11 +139,12 @@ class SentencePiece(TextTokenizer):
 
 
 def _without_added_tokens(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokeniser, to which text that looks like an added token is plain text."""
-    if not model.get_added_tokens_decoder():
-        return model
-    spec = json.loads(model.to_str())
-    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+    """The same tokeniser, to which text that looks like an added token is plain text.
+
+    Texts keep their length too: a file may say that they are cut, or filled up.
+    """
+    spec = {**json.loads(model.to_str()), "added_tokens": [], "truncation": None, "padding": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
 def load(folder: Path) -> TextTokenizer:
@@ -180,21 +181,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """SentencePiece BPE of `vocab_size` ids with byte fallback and no normalisation."""
+    """SentencePiece BPE of `vocab_size` ids with byte fallback and no normalisation.
+
+    Raises:
+        RecipeError: there are not ids enough for bytes and characters.
+    """
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(SentencePiece._escape(text) for text in texts),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        bos_id=-1,
-        eos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(SentencePiece._escape(text) for text in texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            hard_vocab_limit=False,
+            bos_id=-1,
+            eos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise RecipeError(
+            f"vocab_size {vocab_size}: SentencePiece cannot make so few ids of these texts"
+            f" ({' '.join(str(error).split())[:160]}): raise it"
+        ) from None
     return SentencePiece(model.getvalue())

@@ -13,9 +13,8 @@ from typing import Literal
 
 from mmrdpm import checkpoint, distributed, machine, text_tokenizer
 from mmrdpm.checkpoint import CheckpointPolicy
-from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.images import ImagePlan, check_batches, open_images
+from mmrdpm.data.texts import TextPlan, read_texts
 from mmrdpm.errors import CheckpointError
 from mmrdpm.monitor import Monitor
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
@@ -41,25 +40,26 @@ class ImageTokenizerRecipe:
 
 @dataclass(frozen=True)
 class TextTokenizerRecipe:
-    """A recipe of kind `text`, trained on the names and definitions of the embedded data."""
+    """A recipe of kind `text`."""
 
     model: Literal["bpe", "sentencepiece"] = "bpe"
     vocab_size: int = field(default=4096, metadata={"min": 257, "max": 1_000_000})
+    data: TextPlan = field(default_factory=TextPlan)
     kind: Literal["text"] = "text"
 
 
 def train_text(recipe: TextTokenizerRecipe, folder: Path) -> TextTokenizer:
-    """Trains a text tokeniser into a folder: a matter of seconds, so there is nothing to resume.
+    """Trains a text tokeniser into a folder, in one go: there is nothing to resume.
 
     Raises:
         CheckpointError: the folder holds a run already.
+        DataError: a source cannot be read, or too many of its records are broken.
+        RecipeError: there are not ids enough.
     """
     if (folder / checkpoint.RECIPE_FILE).exists():
         raise CheckpointError(f"{folder}: holds a tokeniser already: name another folder")
-    data = load_emoji(8)
-    names = [data.names[i] for i in data.indices("train")]
     fit = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
-    tokenizer = fit[recipe.model](names + load_glosses(), recipe.vocab_size)
+    tokenizer = fit[recipe.model](read_texts(recipe.data), recipe.vocab_size)
     tokenizer.save(folder)
     checkpoint.record(folder, recipe, {})
     return tokenizer

@@ -25,7 +25,7 @@ from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed, with_history
 from mmrdpm.errors import RecipeError
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+AttendInLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q [R, S, H, D], k, v [R, S, G, D]) -> [R, S, H, D]`."""
 
 
@@ -186,10 +186,12 @@ class Transformer(nn.Module):
         """Takes the codebook `[S, K, C]`, whose codes are the last K ids, where scores need it.
 
         It is the tokeniser's and not saved here: whoever builds a transformer, or gives it other
-        memory, calls this. Tables per timestep count by their mean.
+        memory, calls this. Tables per timestep count by the mean of those that have a code; rows of
+        zeros are codes that a table lacks.
         """
         if self.config.code_geometry:
-            vectors = codes.float().mean(0)
+            having = codes.any(-1, keepdim=True).sum(0).clamp(min=1)
+            vectors = codes.float().sum(0) / having
             length = vectors.square().sum(1, keepdim=True)
             length = (length - length.mean()) / length.std(correction=0).clamp(min=1e-6)
             features = torch.cat([vectors, length], dim=1)
@@ -211,7 +213,7 @@ class Transformer(nn.Module):
         mixed = torch.where((timesteps >= 0)[..., None], image.to(text.dtype), text)
         return rms_norm(mixed, (self.config.width,)) if self.config.norm_inputs else mixed
 
-    def run(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def run(self, x: Tensor, positions: Tensor, attend: AttendInLayer) -> Tensor:
         """The stack on embedded positions; `attend` may keep keys and values per layer."""
         config = self.config
         turn = shifted_rotations if config.rope == "shifted" else rotations
@@ -220,7 +222,7 @@ class Transformer(nn.Module):
             x = self.once_or_twice(self.layer, index, x, rotation, attend)
         return self.norms[-1](x)
 
-    def layer(self, index: int, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
+    def layer(self, index: int, x: Tensor, rotation: Tensor, attend: AttendInLayer) -> Tensor:
         """One layer of the stack: attention and feed-forward, each beside the residual stream."""
         before, between = self.norms[2 * index], self.norms[2 * index + 1]
         x = x + self.attentions[index](before(x), rotation, partial(attend, index))

@@ -43,7 +43,7 @@ def save(
         partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: could not be saved ({error}); what was saved before is untouched:"
-            " make room and go on with --resume"
+            " make room and run the command again (training: with --resume)"
         ) from None
 
 

@@ -33,6 +33,14 @@ def test_a_picture_depends_on_prompt_and_seed_alone(model):
     assert model.generate([]) == []
 
 
+def test_every_input_may_have_its_own_seed(model):
+    both = model.generate(["red heart", "a cat"], seed=[3, 4], n=2)
+    assert same(both[0], model.generate(["red heart"], seed=3)[0])
+    assert same(both[3], model.generate(["a cat"], seed=np.int64(5))[0])
+    own = model.reconstruct([picture(), picture()], [0, 1])
+    assert same(own[0], model.reconstruct([picture()])[0]) and not same(*own)
+
+
 def test_pictures_are_the_same_files_whatever_the_batch_size(model):
     prompts = [f"a cat {'and a dog ' * (i % 3)}" for i in range(20)]
     prompts[:17] = ["red heart"] * 17  # enough of one length to fill a group
@@ -49,7 +57,7 @@ def test_a_caption_depends_on_its_picture_alone(model):
 
 
 def test_the_score_is_the_likelihood_of_every_continuation(model):
-    """Over all texts of at most one token, and everything longer, probabilities sum to one."""
+    """Of no token and of one: the model's own probabilities of the token and of the end."""
     image = picture()
     end = np.exp(model.score(image, ""))
     before, segment, after = model._looked_at(image)
@@ -81,6 +89,9 @@ def test_a_text_is_continued_and_seeds_matter(model):
         (lambda m: m.generate(["a"], seed=-1), "seed -1"),
         (lambda m: m.generate(["a"], seed=1.5), "whole number"),
         (lambda m: m.generate(["a"], n=0), "at least 1"),
+        (lambda m: m.generate(["a"], seed=2**32), "between 0 and 4294967295"),
+        (lambda m: m.generate(["a", "b"], seed=[1]), "1 seeds for 2 inputs"),
+        (lambda m: m.complete("a", max_tokens=0), "at least 1"),
         (lambda m: m.generate(["a"], guidance_schedule="odd"), "choose one of"),
         (lambda m: m.caption(Image.new("RGB", (4, 4))), "list of pictures"),
         (lambda m: m.generate(["a"], temperature=-1.0), "temperature -1.0"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrdpm import cli
+from mmrdpm import api, cli
 from mmrdpm.cli import main
 
 
@@ -172,6 +172,12 @@ def test_bad_prompts_are_one_clear_line(run, tiny_run):
     assert stop.value.code == 2
 
 
+def test_where_nothing_can_be_written_nothing_is_drawn(run, tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(api.Model, "generate", None)
+    assert_mistake(run("generate", "a", "--model", tiny_run, "--out", "file/deeper"), "file")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_one_clear_line(run, tiny_run, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -180,6 +186,9 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(run, tiny_run, tmp_pa
 
 def test_text_tokenizers_train_from_a_recipe(run, tmp_path):
     (tmp_path / "t.yaml").write_text("kind: text\nmodel: sentencepiece\n")
+    assert_mistake(
+        run("tokenizer", "train", "t.yaml", "vocab_size=257", "--run", "made"), "257", "raise it"
+    )
     status, out, _ = run("tokenizer", "train", "t.yaml", "vocab_size=600", "--run", "made")
     assert (status, out) == (0, "made\n")
     status, out, _ = run("tokenizer", "eval", "made")

@@ -54,6 +54,15 @@ def test_scores_written_out(codes, tied):
         torch.testing.assert_close(model.logits(hidden, ids), wanted[:, ids])
 
 
+def test_a_code_that_few_tables_have_keeps_its_length(codes):
+    small = codes.clone()
+    small[0, 3:] = 0
+    both, alone = (
+        make(c, code_geometry=True).code_features for c in (torch.cat([codes, small]), codes)
+    )
+    torch.testing.assert_close(both, alone)
+
+
 def test_a_run_with_it_comes_back_from_its_folder(tiny_recipe, tmp_path):
     loaded = recipe.load(
         ModelRecipe, tiny_recipe, ["model.code_geometry=true", "data.timesteps=path"]

@@ -289,3 +289,13 @@ def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "to_rgb", fail)
     with pytest.raises(PictureError, match="could not be read: Failed to decode"):
         pictures.open_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_damaged_exif_is_a_broken_picture_or_none_at_all(kind, tmp_path):
+    """A header that ends where its first number should be."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / f"a.{kind}", exif=b"Exif\0\0II*\0")
+    try:
+        assert pictures.open_picture(tmp_path / f"a.{kind}").size == (4, 4)
+    except PictureError as error:
+        assert "could not be read" in str(error)

@@ -183,11 +183,11 @@ def test_a_suite_leaves_results_and_a_page_and_goes_on_where_it_was(run, tiny_ru
     calls = []
     generate = Model.generate
 
-    def counted(self, prompts, **how):
+    def counted(self, prompts, *seeds, **how):
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(self, prompts, **how)
+        return generate(self, prompts, *seeds, **how)
 
     monkeypatch.setattr(Model, "generate", counted)
     status, out, err = run(*command)

@@ -156,7 +156,9 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     assert found["FID"].value > 0 and found["FID"].count == 11
     assert found["FID"].protocol["reference"] == 12
     assert len(list(Path("out/pictures").rglob("*.png"))) == 11
-    assert_mistake(run("imagenet256", *small, "samples=3"), "at least 4 pictures", "not 3 samples")
+    few = (*small, "samples=3", "metrics=[fid, precision_recall]")
+    assert_mistake(run("imagenet256", *few), "at least 4 pictures", "not 3 samples")
+    assert_mistake(run("imagenet256", *small, "samples=9"), "at least 10 pictures")
     torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pth")
     assert_mistake(run("imagenet256", *small), "not Inception weights")
 

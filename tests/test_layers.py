@@ -1,4 +1,4 @@
-"""Imports go down the house, never up: floors as in docs/method.md."""
+"""Imports go down the house, never up."""
 
 import ast
 from pathlib import Path

@@ -110,6 +110,8 @@ def test_what_cannot_fit_is_refused(make):
         make(steps_per_image=9)
     with pytest.raises(DataError, match=r"more than data\.seq_len 16"):
         make(seq_len=16).batch()
+    with pytest.raises(DataError, match=r"more than data\.seq_len 16"):
+        make(seq_len=16, look_ahead=4).batch()
 
 
 def test_definitions_are_plain_sentences():

@@ -22,7 +22,7 @@ from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.llama import prefix_mask
 from mmrdpm.bench.peers.peers import MAKERS, make
 from mmrdpm.bench.peers.protocol import Batch, How, PeerBench, Scene, guided, left_padded
-from mmrdpm.bench.peers.trainer import Trainer, fit
+from mmrdpm.bench.peers.trainer import Diverged, Trainer, fit
 
 TINY = {"layers": 2, "width": 32, "heads": 2, "ffn": 48, "batch_size": 4, "lrs": [0.01]}
 GREEDY = How(steps=3, guidance_scale=2.0, temperature=0.0)
@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on_exactly(tiny, scene, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_names_the_learning_rate(tiny, scene, tmp_path):
     trainer = Trainer("flow", tiny, scene, tmp_path, lr=0.5, steps=6)
     torch.nn.init.constant_(trainer.peer.table.weight, float("nan"))
-    with pytest.raises(UsageError, match=r"learning rate 0\.5: take it out of flow\.lrs"):
+    with pytest.raises(UsageError, match=r"learning rate 0\.5: begin anew.*flow\.lrs"):
         trainer.update()
 
 
@@ -346,3 +346,27 @@ def test_settings_that_cannot_be_measured_are_refused(mapping, scene, tmp_path):
         made(ours={"steps": [50]})
     with pytest.raises(RecipeError, match="lrs: name at least one"):
         made(ours={"lrs": []})
+
+
+def test_a_rate_that_diverges_loses_the_search_and_all_of_them_end_the_run(
+    command, tmp_path, capsys, monkeypatch
+):
+    update = Trainer.update
+
+    def diverging(self):
+        if self.lr > 0.01:
+            raise Diverged("too high")
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "update", diverging)
+    assert command("--only", "flow", "flow.lrs=[0.01,0.5]") == 0
+    plan = json.loads((tmp_path / "out" / "flow" / "plan.json").read_text())
+    assert plan["search"]["0.5"] is None and plan["lr"] == 0.01
+    assert command("--only", "flow", "flow.lrs=[0.5,0.6]", "--out", str(tmp_path / "other")) == 1
+    assert "diverges with every rate of flow.lrs" in capsys.readouterr().err
+
+
+def test_shapes_that_do_not_do_show_before_anything_is_trained(command, tmp_path, capsys):
+    assert command("equal.tolerance=0") == 1
+    assert "more than equal.tolerance allows" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "ours").exists()

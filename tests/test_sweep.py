@@ -67,7 +67,7 @@ def silent(line):
 
 
 def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
-    pixel_features, tiny_sweep, tmp_path, capsys
+    pixel_features, tiny_sweep, tiny_recipe, tmp_path, capsys
 ):
     path, out = tiny_sweep(), tmp_path / "out"
     assert main(["sweep", str(path), "--out", str(out), "--only", "base"]) == 0
@@ -93,6 +93,19 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert (out / "results.jsonl").read_bytes() == before
     with pytest.raises(CheckpointError, match=r"tflops=0\.0002, not 0\.5"):
         run_sweep(spec.load(tiny_sweep(tflops=0.5)), out, None, silent)
+
+    mapping = yaml.safe_load(tiny_recipe.read_text())
+    mapping["train"]["lr"] = 0.5
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(mapping))
+    with pytest.raises(CheckpointError, match="measured with recipe_sha256="):
+        run_sweep(
+            spec.load(tiny_sweep(model_recipe=str(tmp_path / "other.yaml"))), out, None, silent
+        )
+    line = json.loads((out / "tokenizers.jsonl").read_text().splitlines()[0])
+    old = json.dumps({**line, "autoencoder_from_sha256": "of another time"})
+    (out / "tokenizers.jsonl").write_text(old + "\n")
+    with pytest.raises(CheckpointError, match="stands on another"):
+        run_sweep(spec.load(path), out, None, silent)
 
 
 def test_a_stopped_sweep_goes_on(tiny_sweep, tmp_path):

@@ -1,7 +1,13 @@
+import json
+
 import pytest
+from PIL import Image
 
 from mmrdpm import text_tokenizer
+from mmrdpm.data.sources import SourceConfig
+from mmrdpm.data.texts import TextPlan, read_texts
 from mmrdpm.errors import CheckpointError, DataError
+from mmrdpm.train_tokenizer import TextTokenizerRecipe, train_text
 
 CORPUS = ["the quick brown fox", "a red heart, a blue heart"] * 20
 TEXTS = [
@@ -52,3 +58,36 @@ def test_damaged_and_missing_files_are_refused(name, tmp_path):
     (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(CheckpointError, match=name):
         text_tokenizer.load(tmp_path)
+
+
+def test_texts_keep_their_length_whatever_the_file_says():
+    trained = TRAINERS["bpe"]()
+    text = "the quick brown fox " * 9
+    ids = trained.encode(text)
+    trained.model.enable_truncation(3)
+    trained.model.enable_padding(length=500)
+    limited = text_tokenizer.BPE(trained.model)
+    assert limited.encode(text) == ids and limited.decode(ids) == text
+
+
+def test_a_tokeniser_learns_from_the_texts_and_captions_of_any_source(tmp_path):
+    lines = [json.dumps({"text": f"zyzzyva number {i}"}) for i in range(40)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    for i in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"a qwertyuiop of kind {i}")
+    sources = {
+        "lines": SourceConfig("text", 0.5, str(tmp_path / "t.jsonl")),
+        "pairs": SourceConfig("folder", 0.5, str(tmp_path)),
+    }
+    found = list(read_texts(TextPlan(sources)))
+    assert sorted(found[-3:]) == [f"a qwertyuiop of kind {i}" for i in range(3)]
+    assert len(found) == 43 and set(found[:40]) == {f"zyzzyva number {i}" for i in range(40)}
+    few = list(read_texts(TextPlan(sources, records=20)))
+    assert len(few) == 13 and few[:10] == found[:10]
+    recipe = TextTokenizerRecipe(vocab_size=400, data=TextPlan(sources))
+    trained = train_text(recipe, tmp_path / "made")
+    assert len(trained.encode("zyzzyva number 7")) < 6
+    (tmp_path / "t.jsonl").write_text("no JSON\n" * 40)
+    with pytest.raises(DataError, match="records are broken"):
+        list(read_texts(TextPlan(sources)))

@@ -217,7 +217,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_recipe, tiny_run, tmp_p
     code, messages = finish(start(tiny_recipe, run, "--resume", preexec_fn=no_room))
     assert code == 1
     assert "Traceback" not in messages
-    assert "make room and go on with --resume" in messages.splitlines()[-1]
+    assert "make room and run the command again" in messages.splitlines()[-1]
     assert newest_bytes(run) == before
     assert finish(start(tiny_recipe, run, "--resume"))[0] == 0
     assert newest_bytes(run)[0] == "step-0000012.safetensors"

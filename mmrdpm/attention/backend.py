@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -46,20 +48,28 @@ def why_not(name: Backend, device: torch.device) -> str | None:
     package = {"xformers": "xformers", "flex": "triton"}[name]
     if not find_spec(package):
         return f"{package} is not installed"
-    return _refusal(device) if name == "xformers" else None
+    if name == "flex":
+        found = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        return None if found else "no C compiler is found, which triton needs"
+    return _refusal(device)
 
 
 @cache
 def _refusal(device: torch.device) -> str | None:
     """Why xformers, though installed, does not run on a device: it is built for one CUDA."""
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    dtype, bias = machine.matrix_dtype("auto", device), BlockDiagonalMask.from_seqlens([8], [8])
-    x = torch.zeros(1, 8, 1, 64, device=device, dtype=dtype, requires_grad=True)
+    x = torch.zeros(
+        (1, 8, 1, 64),
+        device=device,
+        dtype=machine.matrix_dtype("auto", device),
+        requires_grad=True,
+    )
     try:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        bias = BlockDiagonalMask.from_seqlens([8], [8])
         memory_efficient_attention(x, x, x, bias).sum().backward()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         return f"it does not run here ({str(error).splitlines()[0][:120]})"
     return None
 

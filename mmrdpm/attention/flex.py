@@ -1,8 +1,8 @@
-"""The `flex` backend: torch's FlexAttention, compiled on CUDA, exact, without a dense mask.
+"""The `flex` backend: torch's FlexAttention, compiled on CUDA, exact, without scores of all pairs.
 
-The visibility rule is handed over as a function of two places; blocks of 128 x 128 places that
-nobody sees are skipped. On the CPU there is no backward pass (torch 2.13), so that it can only
-look there, not learn.
+The visibility rule is handed over as a function of two places. It is evaluated once a batch on all
+pairs, as booleans, to find the blocks of 128 x 128 places that nobody sees, which are skipped. On
+the CPU there is no backward pass (torch 2.13), so that it can only look there, not learn.
 """
 
 from __future__ import annotations

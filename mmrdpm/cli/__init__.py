@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from mmrdpm.quickstart import quickstart
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # what it cannot write must not end the work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     wrong = [o for o in overrides if o.startswith("-") or not hasattr(options, "overrides")]
@@ -52,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmrdpm", description="One transformer that draws, captions and writes."
     )
+    parser.add_argument("--version", action="version", version=f"mmrdpm {version('mmrdpm')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for part in (use, data, training, evaluating, scale, benchmarks, sweeping):
         part.add(commands)

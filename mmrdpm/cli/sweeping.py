@@ -27,7 +27,10 @@ def sweep_command(options: argparse.Namespace) -> int:
     sweep = spec.load(path)
     out = options.out or Path("runs") / path.stem
     say = partial(print, file=sys.stderr)
-    table = run_sweep(sweep, out, Measurer(), say, options.only)
+    measurer = Measurer()
+    if sweep.model_recipe:
+        measurer.check()
+    table = run_sweep(sweep, out, measurer, say, options.only)
     if table is None:
         print("stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED

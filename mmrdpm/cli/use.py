@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from pathlib import Path
+
+from PIL import Image
 
 from mmrdpm import api
 from mmrdpm.cli.common import Commands, command, count, model_option
-from mmrdpm.data.pictures import contact_sheet, open_picture, save_picture
+from mmrdpm.data.pictures import contact_sheet, open_picture, save_picture, to_square
 from mmrdpm.errors import UsageError
 
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -46,6 +49,8 @@ def generate(options: argparse.Namespace) -> None:
     """Draws pictures; prints the path of every file written."""
     names = [f"{_slug(p)}-{options.seed + j}" for p in options.prompts for j in range(options.n)]
     paths = _paths(options.out, names)
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
     model = api.load(options.model)
     how = {
         name: value
@@ -72,7 +77,9 @@ def generate(options: argparse.Namespace) -> None:
 def caption(options: argparse.Namespace) -> None:
     """Names pictures, a line each."""
     model = api.load(options.model)
-    pictures = [open_picture(Path(path)) for path in options.images]
+    side = model.images.image_size  # at once, so that many large photos fit into memory
+    squares = (to_square(open_picture(Path(path)), side) for path in options.images)
+    pictures = [Image.fromarray(square) for square in squares]
     for path, text in zip(options.images, model.caption(pictures), strict=True):
         print(json.dumps({"image": path, "caption": text}) if options.json else _line(text))
 
@@ -92,9 +99,10 @@ def _paths(out: Path, names: list[str]) -> list[Path]:
         if len(names) == 1:
             return [out]
         return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(names))]
-    paths: list[Path] = []
+    paths, taken = [], Counter[str]()
     for name in names:
-        same = sum(path.stem == name or path.stem.startswith(f"{name}_") for path in paths)
+        same = taken[name]
+        taken[name] += 1
         paths.append(out / (f"{name}_{same}.png" if same else f"{name}.png"))
     return paths
 

@@ -24,7 +24,7 @@ from mmrdpm import weights
 from mmrdpm.data.pictures import PictureError, picture_of, to_square, to_tensor
 from mmrdpm.data.records import Broken, Indexed, Pair, Record, Sharded, Source
 from mmrdpm.data.sources.cached import MANIFEST, Manifest, read_manifest, shard_path
-from mmrdpm.errors import CheckpointError, DataError
+from mmrdpm.errors import DataError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 
 _BATCH = 32  # images through the autoencoder at once
@@ -121,10 +121,7 @@ class CacheWriter:
             except PictureError as error:
                 skipped.append(Broken(record.key, error.cause, error.detail))
         causes = Counter(broken.cause for broken in skipped)
-        try:
-            weights.save(shard.tensors(), shard_path(self.folder, index), {"skipped": causes})
-        except CheckpointError as error:
-            raise DataError(str(error).replace(" and go on with --resume", " and go on")) from None
+        weights.save(shard.tensors(), shard_path(self.folder, index), {"skipped": causes})
         return len(shard.texts), skipped
 
     def write_by_ray(self, shards: Sequence[int]) -> Iterator[tuple[int, list[Broken]]]:

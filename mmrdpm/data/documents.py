@@ -96,7 +96,8 @@ class Drafter:
                 f"data.steps_per_image is {plan.steps_per_image}, the image tokeniser has only"
                 f" {self.num_timesteps} timesteps: lower it"
             )
-        self.shares = _shares(plan, image_tokenizer.trajectory.schedule)
+        schedule = image_tokenizer.trajectory.schedule
+        self.shares = by_the_way(schedule) if plan.timesteps == "path" else None
 
     def check_fits(self) -> None:
         """Checks that a row holds an image, learned and seen, with the longest caption.
@@ -258,10 +259,8 @@ def _closed(done: list[tuple[int, ...] | ImageDraft], run: list[int]) -> Draft:
     return Draft((*done, tuple(run)))
 
 
-def _shares(plan: DataPlan, schedule: Schedule) -> np.ndarray | None:
-    """How likely each timestep is drawn, t = 1 first, None for alike."""
-    if plan.timesteps == "alike":
-        return None
+def by_the_way(schedule: Schedule) -> np.ndarray:
+    """`data.timesteps: path`: how likely each timestep is drawn, t = 1 first."""
     sigmas = [schedule.coefficients(t)[1] for t in range(schedule.num_timesteps + 1)]
     way = np.diff(sigmas)
     return (1 - _ALIKE) * way / way.sum() + _ALIKE / len(way)

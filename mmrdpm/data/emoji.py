@@ -22,7 +22,7 @@ from mmrdpm.errors import DataError
 
 Split = Literal["train", "held_out_concept", "held_out_tone"]
 
-_TONE = re.compile(r"_(medium-light|medium-dark|light|medium|dark)_skin_tone")
+_TONE = re.compile(r"[_ ](medium-light|medium-dark|light|medium|dark)[_ ]skin[_ ]tone")
 _VARIATION_SELECTOR = 0xFE0F
 _HELD_OUT_CONCEPTS = 0.05  # share of concepts that no training document shows
 _HELD_OUT_TONES = 0.05  # share of (concept, skin tone) pairs held out of the other concepts
@@ -66,11 +66,16 @@ def load_emoji(size: int = 32) -> EmojiData:
     """
     records = sorted(_named_files().items())
     raw_names = [name for _, (_, name) in records]
-    concepts = [_words(_TONE.sub("", name)) for name in raw_names]
+    concepts = [concept_of(name) for name in raw_names]
     tones = ["+".join(_TONE.findall(name)) for name in raw_names]
     images = np.stack([_square(path, size) for _, (path, _) in records])
     splits = [_split(c, t) for c, t in zip(concepts, tones, strict=True)]
     return EmojiData(images, [_words(n) for n in raw_names], concepts, tones, splits)
+
+
+def concept_of(name: str) -> str:
+    """A name without its skin tones: "waving hand" of "waving hand light skin tone"."""
+    return _words(_TONE.sub("", name))
 
 
 def _named_files() -> dict[str, tuple[Traversable, str]]:

@@ -117,14 +117,28 @@ class Lane:
                 check_broken(self.broken, self.seen, self._max_broken_share, item.draft)
                 self._append(None)
             else:
+                self._check_length(item.draft)
                 self._append(item)
         while self._window[0] is None:
             self._window.popleft()
+
+    def _check_length(self, draft: Draft) -> None:
+        size = self._length(draft)
+        if size > self._seq_len:
+            raise DataError(too_long("a document", size, self._seq_len))
 
     def _append(self, item: Item | None) -> None:
         broken = item is not None and isinstance(item.draft, Broken)
         self._window.append(None if broken else item)
         self._waiting += item is not None and not broken
+
+
+def too_long(document: str, size: int, seq_len: int) -> str:
+    """What to tell of a document that does not fit into a row."""
+    return (
+        f"{document} takes {size} tokens, more than data.seq_len {seq_len}: raise it, or lower"
+        " data.steps_per_image"
+    )
 
 
 def check_broken(

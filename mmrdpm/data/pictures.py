@@ -49,13 +49,9 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
     except UnidentifiedImageError:
         cause = "not a picture that can be read"
         raise PictureError(where, cause, " (PNG, JPEG, WebP, ...)") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        RuntimeError,  # of AVIF
-        Image.DecompressionBombError,
-    ) as error:
+    except PictureError:
+        raise
+    except Exception as error:  # readers of many formats and of EXIF: they raise all kinds
         raise PictureError(where, "the picture could not be read", f": {error}") from None
 
 

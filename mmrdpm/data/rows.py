@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmrdpm.data.documents import Draft
 from mmrdpm.data.mixture import Item
-from mmrdpm.data.packing import Lane, Skipped, check_broken
+from mmrdpm.data.packing import Lane, Skipped, check_broken, too_long
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import DataError, MmrdpmError
 
@@ -71,8 +71,7 @@ class InOrder:
             size = draft.length(self.grid)
             if size > self.plan.seq_len:
                 raise DataError(
-                    f"document {self._next_document} takes {size} tokens, more than data.seq_len"
-                    f" {self.plan.seq_len}: raise it, or lower data.steps_per_image"
+                    too_long(f"document {self._next_document}", size, self.plan.seq_len)
                 )
             row = next((r for r, left in enumerate(room) if left >= size), None)
             if row is None:

@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 
 from mmrdpm.api import Model
-from mmrdpm.data.emoji import EmojiData, Split, load_emoji
+from mmrdpm.data.emoji import EmojiData, Split, concept_of, load_emoji
 from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation import captioned, drawn, likelihood
 from mmrdpm.evaluation.figure import Figure, Protocol, digest, digest_of_pictures
 from mmrdpm.evaluation.part import Part
-from mmrdpm.evaluation.store import Store, read_lines
+from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
 from mmrdpm.evaluation.suite import GROUPS, EmojiSuite
 from mmrdpm.metrics.features import EfficientNetLite0, ranks
 
@@ -103,7 +103,8 @@ class EmojiEvaluation:
 
     def named(self, group: Group) -> list[Figure]:
         """Retrieval of drawn pictures, of the real ones at this size, and through the codes."""
-        codes = self.model.reconstruct(group.pictures)
+        seeds = picture_seeds(self.suite.seed, len(group.pictures))
+        codes = self.model.reconstruct(group.pictures, seeds)
         pictures = {"drawn": self.draw(group), "real": group.pictures, "through codes": codes}
         return [
             self._figure(what, group, figure)
@@ -138,13 +139,13 @@ class EmojiEvaluation:
         return [self._figure("drawn", group, drawn.diversity(self.features, by_seed))]
 
     def caption_exact(self, group: Group) -> list[Figure]:
-        """Captions that are the name, and those that begin with the concept."""
+        """Captions that are the name, and those that are so but for the skin tones."""
         captions = self.captions(group)
         pairs = list(zip(captions, group.names, group.concepts, strict=True))
         references = [[name] for name in group.names]
         hits = {
             "caption is the name": [caption == name for caption, name, _ in pairs],
-            "caption begins with the concept": [c.startswith(concept) for c, _, concept in pairs],
+            "caption names the concept": [concept_of(c) == concept for c, _, concept in pairs],
         }
         figures = [captioned.share(name, hit, references) for name, hit in hits.items()]
         return [self._figure("captioned", group, figure) for figure in figures]
@@ -194,11 +195,11 @@ class EmojiEvaluation:
         return [replace(figure, name=f"text/{kind}/{figure.name}")]
 
     def draw(self, group: Group, offset: int = 0, scale: float | None = None) -> list[Image.Image]:
-        """A picture of each name, drawn with the seed `suite.seed + offset`."""
+        """A picture of each name, from the seeds that follow from `suite.seed + offset`."""
         how = replace(self.model.sampling, guidance_scale=self._scale(scale))
 
-        def generate(prompts: Sequence[str], seed: int) -> list[Image.Image]:
-            return self.model.generate(prompts, seed=seed, guidance_scale=how.guidance_scale)
+        def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+            return self.model.generate(prompts, seeds, guidance_scale=how.guidance_scale)
 
         title = f"drawing {len(group.names)} {group.name}, guidance {how.guidance_scale:g}"
         seed = self.suite.seed + offset
@@ -223,7 +224,8 @@ class EmojiEvaluation:
                 rows += [made[i : i + _COLUMNS], group.pictures[:_SHOWN][i : i + _COLUMNS]]
             yield f"Drawn (above) and real (below), {group.name}", contact_sheet(rows, 2)
         names = self.groups[0].names[:_STRIPS]
-        strips = [self.model.trace(name, self.suite.seed) for name in names]
+        seeds = picture_seeds(self.suite.seed, len(names))
+        strips = [self.model.trace(*pair) for pair in zip(names, seeds, strict=True)]
         yield f"From noise, step by step: {', '.join(names)}", contact_sheet(strips, 2)
 
     @cached_property
@@ -266,7 +268,8 @@ class EmojiEvaluation:
     ) -> Figure:
         """The figure with its full name, and with the data and the sampling in its protocol."""
         sampling = asdict(replace(self.model.sampling, guidance_scale=self._scale(scale)))
-        added = {**sampling, "seed": self.suite.seed} if what in ("drawn", "guidance") else {}
+        sampling |= {"seed": self.suite.seed, "noise": OWN_NOISE}
+        added = sampling if what in ("drawn", "guidance") else {}
         protocol = {**group.protocol, **added, **figure.protocol}
         return replace(figure, name=f"{what}/{group.name}/{figure.name}", protocol=protocol)
 

@@ -14,7 +14,7 @@ from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.evaluation.figure import Figure, digest
 from mmrdpm.evaluation.part import Part
-from mmrdpm.evaluation.store import Store, read_lines
+from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
 from mmrdpm.evaluation.suite import PromptsSuite
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
 
@@ -55,9 +55,7 @@ class PromptsEvaluation:
     def _drawn(self) -> list[list[Image.Image]]:
         """By seed the pictures of all prompts."""
 
-        def draw(prompts: Sequence[str], seed: int) -> list[Image.Image]:
-            return self.model.generate(prompts, seed=seed)
-
+        draw = self.model.generate
         title, how = f"drawing {len(self.prompts)} prompts", asdict(self.model.sampling)
         seeds = range(self.suite.seed, self.suite.seed + self.suite.seeds)
         return [self.store.pictures(title, self.prompts, seed, how, draw) for seed in seeds]
@@ -69,6 +67,7 @@ class PromptsEvaluation:
             **asdict(self.model.sampling),
             "seed": self.suite.seed,
             "seeds": self.suite.seeds,
+            "noise": OWN_NOISE,
             "count": len(self.prompts),
             "prompts_sha256": digest(self.prompts),
             "resolution": self.model.images.image_size,

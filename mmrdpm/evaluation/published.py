@@ -24,7 +24,7 @@ from mmrdpm.data.pictures import contact_sheet, open_picture
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation.figure import Figure, digest
 from mmrdpm.evaluation.part import Part
-from mmrdpm.evaluation.store import Store, read_lines
+from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
 from mmrdpm.evaluation.suite import ImagenetSuite
 from mmrdpm.metrics.distance import frechet_interval
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
@@ -63,7 +63,8 @@ class ImagenetEvaluation:
             )
         self.prompts = read_lines(Path(suite.prompts))
         self.reference = pictures_in(Path(suite.reference))
-        needed = _NEIGHBOURS + 1 if "precision_recall" in suite.metrics else 2
+        least = {"inception_score": _SPLITS, "precision_recall": _NEIGHBOURS + 1}
+        needed = max(least.get(metric, 2) for metric in suite.metrics)
         if min(suite.samples, len(self.reference)) < needed:
             raise DataError(
                 f"{', '.join(suite.metrics)} need at least {needed} pictures on each side, not"
@@ -125,18 +126,15 @@ class ImagenetEvaluation:
 
     @cached_property
     def _files(self) -> list[Path]:
-        """Drawn pictures: round r of the prompts is drawn with the seed `seed + r`."""
+        """Drawn pictures; the seeds of round r of the prompts follow from `seed + r`."""
         files: list[Path] = []
         while missing := self.suite.samples - len(files):
             seed = self.suite.seed + len(files) // len(self.prompts)
             prompts = self.prompts[:missing]
             title = f"drawing {len(files) + len(prompts)} of {self.suite.samples}"
             sampling = asdict(self.model.sampling)
-            files += self.store.draw(title, prompts, seed, sampling, self._draw)
+            files += self.store.draw(title, prompts, seed, sampling, self.model.generate)
         return files
-
-    def _draw(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-        return self.model.generate(prompts, seed=seed)
 
     @cached_property
     def _drawn(self) -> Features:
@@ -160,6 +158,7 @@ class ImagenetEvaluation:
             **self.inception.protocol,
             **asdict(self.model.sampling),
             "seed": self.suite.seed,
+            "noise": OWN_NOISE,
             "count": self.suite.samples,
             "resolution": self.suite.resolution,
             "prompts_sha256": digest(self.prompts),

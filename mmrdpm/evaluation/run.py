@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
 from mmrdpm import api, checkpoint, recipe, shipped
-from mmrdpm.api import IMAGE_TOKENIZER
+from mmrdpm.api import IMAGE_TOKENIZER, TOKENIZER_FILES
 from mmrdpm.errors import CheckpointError, MmrdpmError
 from mmrdpm.evaluation.captions import CaptionsEvaluation
 from mmrdpm.evaluation.emoji import EmojiEvaluation
+from mmrdpm.evaluation.figure import digest
 from mmrdpm.evaluation.part import Part
 from mmrdpm.evaluation.prompts import PromptsEvaluation
 from mmrdpm.evaluation.published import ImagenetEvaluation
@@ -56,18 +58,21 @@ def evaluate(
     """
     home, folder, weights = _subject(model, suite)
     out = out or default_folder(home, suite_name)
-    store = Store(out, sha256_of(weights))
+    hashes = [sha256_of(path) for path in _files(folder, weights)]
+    store = Store(out, digest(hashes))
     evaluation = _evaluation(folder, suite, store)
-    results = Results(suite_name, recipe.to_dict(suite), home.name, store.weights_sha256, [], [])
+    results = Results(suite_name, recipe.to_dict(suite), home.name, hashes[0], [], [])
     missing: MissingEvaluator | None = None
-    for part in evaluation.parts():
+    parts = list(evaluation.parts())
+    for number, part in enumerate(parts, start=1):
         store.say(part.name)
         try:
             results.figures.extend(store.figures(part.name, part.of, part.make))
         except MissingEvaluator as error:
             results.not_computed.append(NotComputed(part.name, str(error)))
             missing = missing or error
-        results.save(out)
+        left = [NotComputed(later.name, "stopped before it") for later in parts[number:]]
+        replace(results, not_computed=[*results.not_computed, *left]).save(out)
     if missing and not results.figures:
         raise missing
     write_report(results, list(evaluation.sheets()), out / REPORT_FILE)
@@ -95,6 +100,13 @@ def _subject(model: str, suite: Suite) -> tuple[Path, Path, Path]:
             f"{folder}: no trained model, which this suite needs{hint or ': give a run folder'}"
         )
     return folder, folder, weights
+
+
+def _files(folder: Path, weights: Path) -> list[Path]:
+    """All that makes what is measured: first the weights, then recipe and tokenizers."""
+    places = {folder: image_tokenizer.FILES, **{folder / k: v for k, v in TOKENIZER_FILES.items()}}
+    named = [place / name for place, names in places.items() for name in names]
+    return [p for p in (weights, folder / checkpoint.RECIPE_FILE, *named) if p.is_file()]
 
 
 def _tokenizer_folder(name: str) -> tuple[Path, Path]:

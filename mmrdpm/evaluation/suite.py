@@ -184,6 +184,12 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Suite:
     _known(suite.metrics, suite.KNOWN, f"{path}: metrics")
     if isinstance(suite, EmojiSuite | TokenizerSuite):
         _known(suite.groups, tuple(GROUPS), f"{path}: groups")
+    if isinstance(suite, EmojiSuite) and "guidance" in suite.metrics:
+        scales = suite.guidance_scales
+        if not scales or min(scales) < 0:
+            raise RecipeError(
+                f"{path}: guidance_scales is {list(scales)}: name at least one, each at least 0"
+            )
     return suite
 
 

@@ -167,10 +167,7 @@ def make_trajectory(name: str, schedule: Schedule, eta: float = 0.0) -> Trajecto
 def walk(
     trajectory: Trajectory, codebook: Codebook, latents: Tensor, noise: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """The recurrence, step by step: yields `(t, x_t, r_t, q_t)` for t = T..1.
-
-    A consumer that changes the codebook between two steps (the fit does) changes the path.
-    """
+    """The recurrence, step by step: yields `(t, x_t, r_t, q_t)` for t = T..1."""
     state = trajectory.start(noise)
     for timestep in range(trajectory.num_timesteps, 0, -1):
         residual = trajectory.residual(latents, noise, state, timestep)

@@ -125,7 +125,7 @@ class Sampler:
         full = [a[i : i + size] for a in alike.values() for i in range(0, len(a), size)]
         if device != "cpu":
             return [group + group[-1:] * (size - len(group)) for group in full]
-        bulk = [group for group in full if len(group) == size]
+        bulk = [group for group in full if len(group) == size > 1]
         of_length = {_padded_length(requests[group[0]]): group for group in bulk}
         if not all(
             self.bits_are_the_same_alone([requests[i] for i in group])

@@ -14,6 +14,7 @@ from mmrdpm.data.emoji import load_emoji
 from mmrdpm.evaluation import drawn
 from mmrdpm.evaluation.drawn import Judge
 from mmrdpm.evaluation.emoji import choose
+from mmrdpm.evaluation.store import picture_seeds
 from mmrdpm.sweep.information import information, text_loss
 from mmrdpm.sweep.spec import Measures
 
@@ -40,6 +41,10 @@ class Measurer:
             **losses(model, plan),
         }
 
+    def check(self) -> None:
+        """Raises DataError where a package is missing: before hours are spent."""
+        _ = self.judge
+
     @cached_property
     def judge(self) -> Judge:
         """All emoji without a skin tone at full size, and their features."""
@@ -52,7 +57,12 @@ class Measurer:
 
         `kid`: kernel distance of their features from those of the real pictures at their size.
         """
-        pictures = [p for part in _parts(names, "drawing") for p in model.generate(part, seed=seed)]
+        seeds = dict(zip(names, picture_seeds(seed, len(names)), strict=True))
+        pictures = [
+            picture
+            for part in _parts(names, "drawing")
+            for picture in model.generate(part, [seeds[name] for name in part])
+        ]
         top_1, top_10 = drawn.named_in_top(self.judge, pictures, names)
         distance = drawn.kid(self.judge.features, pictures, real)
         return {"top1": top_1.value, "top10": top_10.value, "kid": distance.value}

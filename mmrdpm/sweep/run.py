@@ -3,7 +3,7 @@
 OUT/tokenizers/NAME          a run folder each; tokenizers.jsonl has their figures
 OUT/runs/NAME-seed0          a run folder each, as `mmrdpm train` makes it
 OUT/results.jsonl            a line per variant and seed, appended as they finish
-OUT/results.md, *.svg        the tables and plots, written anew after every line
+OUT/NAME.md, NAME-*.svg      the sweep's table and plots, written anew after every line
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmrdpm import api, checkpoint, machine
+from mmrdpm import api, checkpoint, machine, shipped
 from mmrdpm import recipe as recipes
 from mmrdpm.api import Model
 from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.evaluation.figure import digest
 from mmrdpm.objective import loss
 from mmrdpm.sweep import spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import report
 from mmrdpm.sweep.spec import Measures, Sweep, Variant
-from mmrdpm.sweep.tokenizers import train_tokenizer
+from mmrdpm.sweep.tokenizers import content_sha256, train_tokenizer
 from mmrdpm.train_model import ModelRecipe, Trainer, train
 
 Measure = Callable[[Model, Measures], dict[str, Any]]
 
+_BESIDE = ("tokenizers", "sampling", "samples", "checkpoint")  # told otherwise, or without effect
 _COUNTED = 4  # batches that the FLOPs of an update are averaged over
 
 
@@ -69,7 +71,7 @@ def _finish(
     if sweep.model_recipe is None:
         return True
     records = Records(out / "results.jsonl")
-    identity = _identity(sweep, variant, seed)
+    identity = _identity(sweep, variant, seed, images)
     known = records.find(variant=variant.name, seed=seed)
     if known:
         _check_same(known, identity, records.path)
@@ -84,8 +86,11 @@ def _finish(
     return True
 
 
-def _identity(sweep: Sweep, variant: Variant, seed: int) -> dict[str, Any]:
-    """What a line of results belongs to."""
+def _identity(sweep: Sweep, variant: Variant, seed: int, images: Path | None) -> dict[str, Any]:
+    """What a line of results belongs to: names and overrides, and what they mean by content."""
+    recipe = spec.model_recipe(sweep, variant, steps=1, seed=0)
+    content = recipes.to_dict(recipe)
+    tokenizer = images or shipped.resolve("tokenizers", recipe.tokenizers.image)
     return {
         "variant": variant.name,
         "seed": seed,
@@ -94,6 +99,8 @@ def _identity(sweep: Sweep, variant: Variant, seed: int) -> dict[str, Any]:
         "sampling": recipes.to_dict(spec.sampling(sweep, variant)),
         "tflops": variant.tflops or sweep.tflops,
         "measures": recipes.to_dict(sweep.measures),
+        "recipe_sha256": digest({k: v for k, v in content.items() if k not in _BESIDE}),
+        "tokenizer_sha256": content_sha256(tokenizer),
     }
 
 
@@ -131,16 +138,17 @@ def train_run(
 def count_flops(recipe: ModelRecipe) -> tuple[float, int]:
     """FLOPs of one update's forward and backward pass, and the number of parameters.
 
-    The mean over the first batches of the stream; the backend is the dense one, whose products
-    torch's counter knows, so that the count is the same on every machine.
+    The mean over the first batches of the stream, on the CPU, where `sdpa` goes document by
+    document in products that torch's counter knows: the same count on every machine.
     """
     machine.prepare(recipe.train.threads)
-    dense = replace(recipe, train=replace(recipe.train, attention="sdpa", precision="fp32"))
+    plain = replace(recipe, train=replace(recipe.train, attention="sdpa", precision="fp32"))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(dense, Path(folder))
-        batches = [trainer.loader.batch().to(trainer.device) for _ in range(_COUNTED)]
+        trainer = Trainer(plain, Path(folder))
+        model = trainer.transformer.cpu()
+        batches = [trainer.loader.batch().to("cpu") for _ in range(_COUNTED)]
         with FlopCounterMode(display=False) as counter:
             for packed in batches:
-                loss(trainer.transformer, packed, recipe.train.text_weight).total.backward()
-        parameters = sum(p.numel() for p in trainer.transformer.parameters())
+                loss(model, packed, recipe.train.text_weight).total.backward()
+        parameters = sum(p.numel() for p in model.parameters())
     return counter.get_total_flops() / _COUNTED, parameters

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmrdpm import checkpoint
+from mmrdpm import checkpoint, shipped
 from mmrdpm.data.emoji import Split, load_emoji
+from mmrdpm.errors import CheckpointError
+from mmrdpm.evaluation.figure import digest
 from mmrdpm.evaluation.tokenizer import WAYS, measure_images
+from mmrdpm.metrics.features import sha256_of
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.spec import Sweep, Variant, tokenizer_owner, tokenizer_recipe
@@ -23,7 +26,7 @@ def train_tokenizer(
     """The folder of the variant's tokeniser, trained if it is not yet; None if stopped.
 
     Raises:
-        CheckpointError: its folder holds one of another recipe.
+        CheckpointError: its folder holds one of another recipe, or on another autoencoder.
     """
     name = tokenizer_owner(sweep, variant)
     folder, records = out / "tokenizers" / name, Records(out / "tokenizers.jsonl")
@@ -31,13 +34,27 @@ def train_tokenizer(
     begun = (folder / checkpoint.RECIPE_FILE).exists()
     if begun:
         checkpoint.begin(folder, recipe, resume=True)  # the same recipe, or an error
-    if begun and records.find(name=name):
+    source = recipe.train.autoencoder_from
+    stands_on = content_sha256(shipped.resolve("tokenizers", source)) if source else None
+    if begun and (known := records.find(name=name)):
+        if known.get("autoencoder_from_sha256") != stands_on:
+            raise CheckpointError(
+                f"{folder}: stands on another {source} than there is now: name another folder with"
+                " --out"
+            )
         return folder
     say(f"tokeniser {name}: {' '.join(variant.tokenizer) or 'the base'}")
     if not train_image(recipe, folder, resume=begun):
         return None
-    records.append({"name": name, "overrides": list(variant.tokenizer), **figures(folder)})
+    about = {"overrides": list(variant.tokenizer), "autoencoder_from_sha256": stands_on}
+    records.append({"name": name, **about, **figures(folder)})
     return folder
+
+
+def content_sha256(folder: Path) -> str:
+    """Of a tokeniser's files, as hexadecimal digits."""
+    found = [folder / name for name in image_tokenizer.FILES if (folder / name).is_file()]
+    return digest([sha256_of(path) for path in found])
 
 
 def figures(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmrdpm.api import build
 from mmrdpm.bench.peers.protocol import Batch, Caption, How, Peer, Scene, Shape
+from mmrdpm.data.documents import by_the_way
 from mmrdpm.document import NO_TARGET, Document, ImageSegment, TextSegment, length, pack
 from mmrdpm.objective import loss
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
@@ -21,14 +22,21 @@ _STEPS_PER_IMAGE = 4  # timesteps of a picture that one update learns, as in the
 
 
 class Ours(Peer):
-    """The transformer of `mmrdpm train`, one document a row; the text has no loss."""
+    """The transformer of `mmrdpm train`, one document a row; the text has no loss.
+
+    As in the shipped recipe, codes are scored by their vectors too (`model.code_geometry`) and
+    timesteps drawn by the path's way (`data.timesteps`).
+    """
 
     stack = ("transformer.attentions.", "transformer.feed_forwards.")
 
     def __init__(self, shape: Shape, scene: Scene) -> None:
         super().__init__()
-        config = TransformerConfig(shape.layers, shape.width, shape.heads, shape.heads, shape.ffn)
+        config = TransformerConfig(
+            shape.layers, shape.width, shape.heads, shape.heads, shape.ffn, code_geometry=True
+        )
         self.scene = scene
+        self.shares = torch.from_numpy(by_the_way(scene.images.trajectory.schedule))
         self.vocabulary = Vocabulary(scene.texts.size, scene.images.codebook_size)
         self.transformer = build(config, self.vocabulary, scene.images)
         self.steps = (scene.images.num_timesteps,)
@@ -47,7 +55,7 @@ class Ours(Peer):
         documents: list[Document] = []
         for row, caption in enumerate(batch.captions):
             count = min(_STEPS_PER_IMAGE, num_timesteps)
-            timesteps = tuple((1 + torch.randperm(num_timesteps)[:count]).tolist())
+            timesteps = tuple((1 + torch.multinomial(self.shares, count)).tolist())
             segment = ImageSegment(code_indices[:, row].cpu(), states[:, row].cpu(), timesteps)
             prompt = (self.vocabulary.bos, *caption, self.vocabulary.image_start)
             documents.append([TextSegment(prompt), segment])

@@ -1,6 +1,6 @@
 """Runs the peers one after the other: count, search, train and judge, time; all of it resumable.
 
-OUT/recipe.yaml              the resolved recipe
+OUT/recipe.yaml, tokenizers  the resolved recipe, and the tokenizers that it named at the beginning
 OUT/NAME/plan.json           FLOPs per update and the learning rates tried
 OUT/NAME/run                 checkpoints, logs and sheets of drawn pictures of the judged run
 OUT/NAME/curve.json          the points at which it was judged, as they come
@@ -14,22 +14,25 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmrdpm import checkpoint, machine
+from mmrdpm import checkpoint, machine, shipped
+from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES
 from mmrdpm.bench.peers import measure, report
-from mmrdpm.bench.peers.peers import MAKERS, parameters
+from mmrdpm.bench.peers.peers import MAKERS, make, parameters
 from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
-from mmrdpm.bench.peers.trainer import Trainer, fit
+from mmrdpm.bench.peers.trainer import Diverged, Trainer, fit
 from mmrdpm.data.pictures import contact_sheet, to_tensor
 from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.metrics.reconstruction import psnr
 from mmrdpm.monitor import Monitor
+from mmrdpm.train_model import Tokenizers
 
 RESULTS_FILE = "results.json"
 _AT_ONCE = 50  # pictures drawn together when they are judged
@@ -52,13 +55,24 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     report.check()
     machine.prepare(recipe.equal.threads)
     checkpoint.begin(out, recipe, resume=(out / checkpoint.RECIPE_FILE).exists())
-    checkpoint.record(out, recipe, {})
+    sources = {
+        place: (shipped.resolve("tokenizers", named), TOKENIZER_FILES[place])
+        for place, named in (
+            (IMAGE_TOKENIZER, recipe.tokenizers.image),
+            (TEXT_TOKENIZER, recipe.tokenizers.text),
+        )
+    }
+    checkpoint.record(out, recipe, sources)
     wanted = [name for name in MAKERS if name in (names or MAKERS)]
     todo = [name for name in wanted if "curve" not in read(out / name / RESULTS_FILE)]
     if todo:
         say("reading the emoji and their features")
-        scene = Scene(recipe)
+        own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
+        scene = Scene(replace(recipe, tokenizers=own))
         quality = Quality(scene, recipe.judging)
+    for name in todo:  # a shape that does not do should show before hours are spent
+        with suppress(ModuleNotFoundError):
+            make(name, recipe, scene, out)
     finished = True
     for name in todo:
         try:
@@ -110,7 +124,10 @@ class Run:
         write(self.folder / "plan.json", self.plan)
 
     def _search(self) -> bool:
-        """A short run, down to a learning rate of zero, for each rate; the lowest loss wins."""
+        """A short run, down to a learning rate of zero, for each rate; the lowest loss wins.
+
+        A rate at which the loss diverges is noted as null.
+        """
         rates = getattr(self.recipe, self.name).lrs
         flops, found = self.plan["flops_per_update"], dict(self.plan.get("search", {}))
         for lr in rates:
@@ -119,13 +136,21 @@ class Run:
             run = self.folder / "search" / f"lr-{lr:g}"
             steps = max(1, round(self.recipe.budget.search_flops / flops))
             trainer = self._trainer(lr, steps)
-            if not fit(trainer, run, [steps], lambda monitor: None):
-                return False
-            found[f"{lr:g}"] = sum(trainer.last_losses) / len(trainer.last_losses)
+            try:
+                if not fit(trainer, run, [steps], lambda monitor: None):
+                    return False
+                found[f"{lr:g}"] = sum(trainer.last_losses) / len(trainer.last_losses)
+            except Diverged:
+                found[f"{lr:g}"] = None
             self._note(search=found)
             _drop_checkpoints(run)
-        best = min(rates, key=lambda lr: found.get(f"{lr:g}", 0.0))
-        self._note(lr=best)
+        stable = [lr for lr in rates if found.get(f"{lr:g}", 0.0) is not None]
+        if not stable:
+            raise UsageError(
+                f"{self.name}: the loss diverges with every rate of {self.name}.lrs: begin anew in"
+                " another folder with lower ones"
+            )
+        self._note(lr=min(stable, key=lambda lr: found.get(f"{lr:g}", 0.0)))
         return True
 
     def _judge(self, trainer: Trainer, monitor: Monitor) -> None:

@@ -21,6 +21,10 @@ _COUNTED = 4  # updates whose FLOPs are averaged: captions differ in length
 _LAST = 0.2  # share of the updates whose mean loss a learning rate is judged by
 
 
+class Diverged(UsageError):
+    """A learning rate was too high."""
+
+
 class Trainer:
     """The state of a run.
 
@@ -59,14 +63,14 @@ class Trainer:
         """One optimiser step; gives the loss.
 
         Raises:
-            UsageError: the loss is not finite.
+            Diverged: the loss is not finite.
         """
         begun = time.perf_counter()
         loss = self.backward(self.step)
         if loss != loss or abs(loss) == float("inf"):
-            raise UsageError(
+            raise Diverged(
                 f"{self.name}: the loss is {loss} at update {self.step + 1} with the learning rate"
-                f" {self.lr}: take it out of {self.name}.lrs"
+                f" {self.lr:g}: begin anew in another folder without it in {self.name}.lrs"
             )
         warmup = round(self.recipe.equal.warmup * self.steps)
         self.optimizers.clip()

@@ -1,0 +1,75 @@
+"""Texts alone, as a text tokeniser learns from them: the embedded ones, or those of any sources."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.glosses import load_glosses
+from mmrdpm.data.packing import check_broken
+from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.records import Broken, Indexed, Interleaved, Record, Source, Text
+from mmrdpm.data.sources import SourceConfig, open_source
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """The `data` section of a text tokeniser's recipe.
+
+    Attributes:
+        sources: whose texts and captions are read, by name, as in a model's recipe; none of them is
+            read twice. Without, the names and definitions of the embedded training data.
+        records: at most so many are read, shared out by the sources' weights.
+        max_broken_share: more broken records than this are an error.
+    """
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    records: int = field(default=100_000, metadata={"min": 1})
+    max_broken_share: float = field(default=0.05, metadata={"min": 0.0, "max": 0.9})
+
+    def __post_init__(self) -> None:
+        DataPlan(sources=self.sources)  # checks the weights
+
+
+def read_texts(plan: TextPlan) -> Iterator[str]:
+    """The plan's texts, the same at every call.
+
+    Raises:
+        DataError: a source cannot be read, or too many of its records are broken.
+    """
+    if not plan.sources:
+        data = load_emoji(8)
+        yield from (data.names[i] for i in data.indices("train"))
+        yield from load_glosses()
+    for name, config in plan.sources.items():
+        broken: Counter[str] = Counter()
+        records = _once(open_source(name, config), round(plan.records * config.weight))
+        for seen, record in enumerate(records, start=1):
+            if isinstance(record, Broken):
+                broken[f"{name}: {record.cause}"] += 1
+                check_broken(broken, seen, plan.max_broken_share, record)
+            else:
+                yield from _texts_of(record)
+
+
+def _once(source: Source, limit: int) -> Iterator[Record]:
+    """At most `limit` records of a source in a shuffled order, and no more than it has."""
+    limit = min(limit, len(source)) if isinstance(source, Indexed) else limit
+    for place, record in islice(source.records(0, 1, "texts", None), limit):
+        if not isinstance(source, Indexed) and place[0] > 0:  # the next epoch of its shards
+            return
+        yield record
+
+
+def _texts_of(record: Record) -> tuple[str, ...]:
+    match record:
+        case Text():
+            return (record.text,)
+        case Interleaved():
+            return tuple(part for part in record.parts if isinstance(part, str))
+        case Broken():
+            return ()
+    return record.captions

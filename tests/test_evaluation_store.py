@@ -1,0 +1,93 @@
+"""What an evaluation keeps: seeds of its own for every picture, and nothing old for new."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mmrdpm.cli import main
+from mmrdpm.data.emoji import concept_of, load_emoji
+from mmrdpm.evaluation import drawn, emoji, likelihood
+from mmrdpm.evaluation.store import Store, picture_seeds
+
+PROMPTS = [f"prompt {i}" for i in range(40)]
+ONE_GROUP = ("names=2", "groups=[training concepts]")
+
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, pixel_features, capsys):
+    """Runs the suite emoji over a model, in an empty folder; gives the status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emoji, "EfficientNetLite0", drawn.EfficientNetLite0)
+
+    def run(model, *overrides):
+        command = ["eval", str(model), "--suite", "emoji", "--out", "out", *ONE_GROUP, *overrides]
+        return main(command)
+
+    return run
+
+
+def test_every_picture_of_a_set_has_its_own_seed_stopped_or_not(tmp_path):
+    white = Image.new("RGB", (4, 4), "white")
+
+    def drawn(folder, seed, stop_after=99):
+        found = {}
+
+        def draw(prompts, seeds):
+            if len(found) > stop_after:
+                raise KeyboardInterrupt
+            found.update(zip(prompts, seeds, strict=True))
+            return [white] * len(prompts)
+
+        try:
+            Store(tmp_path / folder, "model").draw("drawing", PROMPTS, seed, {}, draw)
+        except KeyboardInterrupt:
+            assert 0 < len(found) < len(PROMPTS)
+        return found
+
+    whole = drawn("a", 0)
+    assert list(whole) == PROMPTS and len(set(whole.values())) == len(PROMPTS)
+    assert drawn("b", 0, stop_after=1) | drawn("b", 0) == whole
+    assert not set(drawn("c", 1).values()) & set(whole.values())
+    assert max(picture_seeds(7, 1000)) < 2**32
+
+
+def test_a_concept_is_the_name_without_its_skin_tones():
+    data = load_emoji(8)
+    assert [concept_of(name) for name in data.names] == data.concepts
+    assert concept_of("waving hand medium-light skin tone") == "waving hand"
+    assert concept_of("kiss person person light skin tone dark skin tone") == "kiss person person"
+
+
+def test_another_decoder_is_never_judged_by_old_figures(evaluate, tiny_run):
+    shutil.copytree(tiny_run, "run")
+    assert evaluate("run", "metrics=[named]") == 0
+    pictures, parts = (set(Path("out", kind).iterdir()) for kind in ("pictures", "parts"))
+    path = Path("run/tokenizers/image/tokenizer.safetensors")
+    tensors = load_file(path)
+    changed = {k: v for k, v in tensors.items() if k.startswith("autoencoder.decoder")}
+    assert changed
+    save_file(tensors | {k: v / 2 for k, v in changed.items()}, path)
+    assert evaluate("run", "metrics=[named]") == 0
+    assert set(Path("out/pictures").iterdir()) > pictures
+    assert set(Path("out/parts").iterdir()) > parts
+
+
+def test_what_a_stopped_evaluation_did_not_reach_is_said(evaluate, tiny_run, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(likelihood, "loss_per_timestep", stopped)
+    assert evaluate(tiny_run, "metrics=[named, loss_per_timestep]") == 130
+    (left,) = json.loads(Path("out/results.json").read_text())["not_computed"]
+    assert left == {"part": "loss_per_timestep, training concepts", "why": "stopped before it"}
+
+
+@pytest.mark.parametrize("scales", ["[]", "[-1, 2]"])
+def test_guidance_scales_that_cannot_be_drawn_are_refused(scales, evaluate, tiny_run, capsys):
+    assert evaluate(tiny_run, f"guidance_scales={scales}") == 1
+    assert "name at least one, each at least 0" in capsys.readouterr().err
+    assert not Path("out").exists()

@@ -1,0 +1,61 @@
+"""A model to ship: what it holds, what may differ, and what is refused."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmrdpm
+from mmrdpm import weights
+from mmrdpm.cli import main
+
+
+def test_an_export_is_the_same_model_in_float16_without_the_state_of_training(
+    tiny_run, tmp_path, capsys
+):
+    folder = tmp_path / "small"
+    assert main(["export", str(tiny_run), str(folder), "sampling.guidance_scale=2.5"]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    held = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    (checkpoint,) = folder.glob("step-*.safetensors")
+    assert held == {
+        "recipe.yaml",
+        checkpoint.name,
+        "tokenizers/image/tokenizer.safetensors",
+        "tokenizers/image/tokenizer.yaml",
+        "tokenizers/text/tokenizer.json",
+    }
+    whole = load_file(tiny_run / checkpoint.name)
+    small = load_file(checkpoint)
+    assert all(torch.equal(small[name], whole[name].half()) for name in whole)
+    model = mmrdpm.load(folder)
+    assert model.sampling.guidance_scale == 2.5
+    assert [p.size for p in model.generate(["red heart"])] == [(16, 16)]
+
+
+def test_what_cannot_be_exported_is_one_clear_line(tiny_run, tmp_path, capsys):
+    def refused(*arguments):
+        assert main(["export", *map(str, arguments)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    folder = tmp_path / "small"
+    assert "sampling.* only" in refused(tiny_run, folder, "model.layers=3")
+    assert "no checkpoint to export" in refused(tmp_path, folder)
+    assert "exists already" in refused(tiny_run, tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    newest = sorted(run.glob("step-*.safetensors"))[-1]
+    tensors, about = weights.load(newest)
+    tensors["table.weight"][0, 0] = 1e6
+    weights.save(tensors, newest, about)
+    assert "'table.weight' does not fit into float16" in refused(run, folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["mmrdpm"])
+def test_the_version_is_told(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"{name} ")
