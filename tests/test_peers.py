@@ -35,7 +35,7 @@ def mapping(tiny_tokenizers):
         "kind": "peers",
         "tokenizers": {t: str(tiny_tokenizers / t) for t in ("image", "text")},
         "budget": {"flops": 2e7, "search_flops": 1e7, "points": 2},
-        "equal": {"tolerance": 9.0, "threads": 1},
+        "equal": {"tolerance": 9.0, "levels": 4, "threads": 1},
         "checkpoint": {"every": 2, "keep": 1, "log_every": 1},
         "judging": {"concepts": 5, "guidance_scales": [2.0], "repeats": 1, "speed_batches": [2]},
         **{name: dict(TINY) for name in ("ours", "masked", "raster", "scales")},

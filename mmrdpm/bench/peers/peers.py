@@ -19,8 +19,6 @@ TITLES = {
     "scales": "next scale (VAR)",
 }
 
-_RASTER_LEVELS = 4  # of residual codes per place: the reconstruction is about that of our tokens
-
 
 def make(name: str, recipe: PeerBench, scene: Scene, folder: Path) -> Peer:
     """A fresh peer; codes that it needs are fitted, or read from `folder`.
@@ -82,12 +80,12 @@ def _scales(shape: Shape, scene: Scene, folder: Path) -> Peer:
     from mmrdpm.bench.peers.scales import Scales
 
     side = scene.latent_shape[0]
-    sides = (*range(1, side), *[side] * _RASTER_LEVELS)
+    sides = (*range(1, side), *[side] * scene.equal.levels)
     return Scales(shape, scene.texts.size, _codes(sides, scene, folder / "codes-scales"))
 
 
 def _flat(scene: Scene, folder: Path) -> ResidualCodes:
-    sides = [scene.latent_shape[0]] * _RASTER_LEVELS
+    sides = [scene.latent_shape[0]] * scene.equal.levels
     return _codes(sides, scene, folder / "codes-flat")
 
 
