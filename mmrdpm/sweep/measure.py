@@ -18,6 +18,10 @@ from mmrdpm.evaluation.store import picture_seeds
 from mmrdpm.sweep.information import information, text_loss
 from mmrdpm.sweep.spec import Measures
 
+_OF_WEIGHTS = (  # figures that have nothing to do with how pictures are drawn
+    *("captioned", "loss_text", "loss_image", "loss_steps", "information"),
+    *("independence", "independence_steps", "divergence", "divergence_steps"),
+)
 _PART = 20  # pictures between two movements of the progress bar
 
 
@@ -28,18 +32,22 @@ class Measurer:
         DataError: the packages of the extra `eval` are not installed.
     """
 
-    def __call__(self, model: Model, plan: Measures) -> dict[str, Any]:
-        """A line of results: see `drawing`, `captions` and `losses`."""
+    def __call__(
+        self, model: Model, plan: Measures, alike: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A line of results: see `drawing`, `captions` and `losses`.
+
+        Args:
+            alike: a line of the same weights drawn in another way: all but its drawing holds here.
+        """
         data = load_emoji(model.images.image_size)
         chosen = choose(data, "train", plan.names, plan.seed)
         real = [Image.fromarray(data.images[i]) for i in chosen]
         names = [data.names[i] for i in chosen]
-        return {
-            "pictures": len(chosen),
-            **self.drawing(model, names, real, plan.seed),
-            **captions(model, names, real),
-            **losses(model, plan),
-        }
+        drawing = {"pictures": len(chosen), **self.drawing(model, names, real, plan.seed)}
+        if alike:
+            return {**drawing, **{key: alike[key] for key in _OF_WEIGHTS if key in alike}}
+        return {**drawing, **captions(model, names, real), **losses(model, plan)}
 
     def check(self) -> None:
         """Raises DataError where a package is missing: before hours are spent."""

@@ -30,7 +30,8 @@ from mmrdpm.sweep.spec import Measures, Sweep, Variant
 from mmrdpm.sweep.tokenizers import content_sha256, train_tokenizer
 from mmrdpm.train_model import ModelRecipe, Trainer, train
 
-Measure = Callable[[Model, Measures], dict[str, Any]]
+Measure = Callable[[Model, Measures, dict[str, Any] | None], dict[str, Any]]
+"""Gives the figures of a line; the last argument is a line of the same weights, if there is one."""
 
 _BESIDE = ("tokenizers", "sampling", "samples", "checkpoint")  # told otherwise, or without effect
 _COUNTED = 4  # batches that the FLOPs of an update are averaged over
@@ -81,7 +82,9 @@ def _finish(
         return False
     folder, trained = run
     model = replace(api.load(folder), sampling=spec.sampling(sweep, variant))
-    records.append({**identity, **trained, **measure(model, sweep.measures)})
+    beside = ("variant", "sampling")
+    alike = records.find(**{k: v for k, v in identity.items() if k not in beside})
+    records.append({**identity, **trained, **measure(model, sweep.measures, alike)})
     report(sweep, out)
     return True
 
