@@ -10,15 +10,21 @@ from PIL import Image
 from mmrdpm.bench.peers.protocol import Judging, Scene
 from mmrdpm.evaluation import drawn
 from mmrdpm.evaluation.emoji import choose
+from mmrdpm.metrics.interval import Interval
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Shares of pictures whose name is the nearest, or among the ten nearest, and the KID."""
+    """Shares of pictures whose name is the nearest, or among the ten nearest, and the KID.
+
+    Attributes:
+        intervals: 95%, by the names of the three.
+    """
 
     top1: float
     top10: float
     kid: float
+    intervals: dict[str, Interval]
 
 
 class Quality:
@@ -40,4 +46,5 @@ class Quality:
     def __call__(self, pictures: Sequence[Image.Image]) -> Figures:
         top_1, top_10 = drawn.named_in_top(self.judge, pictures, self.names)
         distance = drawn.kid(self.judge.features, pictures, self.real)
-        return Figures(top_1.value, top_10.value, distance.value)
+        intervals = {"top1": top_1.interval, "top10": top_10.interval, "kid": distance.interval}
+        return Figures(top_1.value, top_10.value, distance.value, intervals)
