@@ -1,8 +1,10 @@
 """Checkpoints of a run: weights for everybody, and the state that an exact resume needs.
 
-    DIR/recipe.yaml                  the resolved recipe
-    DIR/step-0000500.safetensors     weights, the newest last by name
+    DIR/recipe.yaml                       the resolved recipe
+    DIR/step-0000500.safetensors          weights, the newest last by name
     DIR/resume/step-0000500.safetensors   optimiser, data position, random seeds: a tree of tensors
+    DIR/resume/step-0000500/              the same of a sharded model: the tree, and in shards/ what
+                                          is sharded, a file a rank (`engine.shards`)
 
 The state is written before the weights and removed after them, so that weights without a state do
 not exist, whenever the process is killed: the newest weights are the newest checkpoint.
@@ -27,6 +29,7 @@ from mmrdpm.errors import CheckpointError
 
 RECIPE_FILE = "recipe.yaml"
 _RESUME = "resume"
+_STATE, _SHARDS = "state.safetensors", "shards"  # in the folder of a sharded state
 _LOCK = ".lock"
 _NAME = re.compile(r"step-\d{7}\.safetensors")
 
@@ -146,17 +149,49 @@ def tokenizer(run: Path, place: str, name: str, files: Sequence[str]) -> Path:
     return source
 
 
-def save(run: Path, step: int, parameters: Mapping[str, Tensor], about: Any, state: Any) -> Path:
+def save(
+    run: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    about: Any,
+    state: Any,
+    sharded: bool = False,
+) -> Path:
     """Writes one checkpoint; `about` lies readable in the weights' header.
+
+    Args:
+        sharded: whether a part of the state lies in `shards_to_write` already.
 
     Raises:
         CheckpointError: it could not be written; earlier ones are untouched.
     """
     path = run / f"step-{step:07d}.safetensors"
     weights.check_finite(parameters, path)
-    save_tree(state, run / _RESUME / path.name)
+    whole = run / _RESUME / path.name
+    folder = whole.with_suffix("")
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # of the same step, saved before a return to an earlier
+    if sharded:
+        partial = shards_to_write(run, step).parent
+        save_tree(state, partial / _STATE)
+        partial.rename(folder)
+        whole.unlink(missing_ok=True)
+    else:
+        save_tree(state, whole)
     weights.save(parameters, path, about)
     return path
+
+
+def shards_to_write(run: Path, step: int) -> Path:
+    """Where the ranks put their shards of a checkpoint, before `save` makes it one."""
+    return run / _RESUME / f"step-{step:07d}.partial" / _SHARDS
+
+
+def shards_of(path: Path) -> Path | None:
+    """The folder of the shards saved with the weights at `path`, None where all is whole."""
+    folder = path.parent / _RESUME / path.stem / _SHARDS
+    return folder if folder.is_dir() else None
 
 
 def newest(run: Path) -> Path | None:
@@ -182,12 +217,13 @@ def agreed(run: Path) -> Path | None:
 
 
 def state_of(path: Path) -> Any:
-    """The resume state saved with the weights at `path`.
+    """The resume state saved with the weights at `path`, what lies in shards left out.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    return load_tree(path.parent / _RESUME / path.name)
+    shards = shards_of(path)
+    return load_tree(shards.parent / _STATE if shards else path.parent / _RESUME / path.name)
 
 
 def prune(run: Path, policy: CheckpointPolicy) -> None:
@@ -198,12 +234,19 @@ def prune(run: Path, policy: CheckpointPolicy) -> None:
     for path in _all(run)[: -policy.keep]:
         if not policy.keep_every or step_of(path) % policy.keep_every:
             path.unlink()
-    for state in (run / _RESUME).glob("step-*.safetensors"):
-        if not (run / state.name).exists():
-            state.unlink()
+    for state in (run / _RESUME).glob("step-*"):
+        if not (run / f"{state.name[:12]}.safetensors").exists():
+            _remove(state)
     for folder in (run, run / _RESUME):
         for torn in folder.glob("step-*.partial"):  # of a process that was killed while saving
-            torn.unlink()
+            _remove(torn)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def step_of(path: Path) -> int:

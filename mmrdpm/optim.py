@@ -7,7 +7,7 @@ arXiv 2502.16982, eq. 4), everything else, or all of it, to AdamW.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from torch.optim import AdamW, Optimizer
 from mmrdpm import distributed
 
 Schedule = Literal["cosine", "wsd"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and of Muon
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,33 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad()
 
-    def state(self) -> list[dict[str, Any]]:
-        """What `restore` takes, whole, on rank 0: all ranks must call it."""
-        return [distributed.gather(part.state_dict()) for part in self.parts]
+    def state(self, moments: bool = True) -> list[dict[str, Any]]:
+        """What `restore` takes, whole, on rank 0: all ranks must call it.
+
+        Args:
+            moments: whether those are in it, or are saved apart, see `moments`.
+        """
+        states = [part.state_dict() for part in self.parts]
+        if not moments:
+            states = [{**s, "state": {i: _rest(v) for i, v in s["state"].items()}} for s in states]
+        return distributed.gather(states)
+
+    def moments(self, wanted: Collection[str] = ()) -> dict[str, Tensor]:
+        """Moving averages of gradients by name, each cut as its parameter is.
+
+        Args:
+            wanted: names of what is to be there even if no update has made it yet.
+        """
+        found = {}
+        for number, part in enumerate(self.parts):
+            for index, p in enumerate(p for group in part.param_groups for p in group["params"]):
+                for key in _MOMENTS:
+                    name = f"{number}.{index}.{key}"
+                    if name in wanted:
+                        part.state[p].setdefault(key, torch.zeros_like(p))
+                    if key in part.state.get(p, {}):
+                        found[name] = part.state[p][key]
+        return found
 
     def restore(self, state: list[dict[str, Any]]) -> None:
         """Goes back to a saved state, whatever the number of ranks that saved it."""
@@ -174,6 +200,10 @@ class Optimizers:
                 for index, values in saved["state"].items()
             }
             part.load_state_dict({**saved, "state": shards})
+
+
+def _rest(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _MOMENTS}
 
 
 def learning_rate(

@@ -8,11 +8,13 @@ was stopped, or killed, goes on as if it had not been.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mmrdpm import api, checkpoint, distributed, machine, pretrained, text_tokenizer, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES, Model, build
@@ -21,10 +23,11 @@ from mmrdpm.attention.backend import Name
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.loader import Loader, merge_states
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.engine import parallel
+from mmrdpm.engine import parallel, shards
 from mmrdpm.engine.guard import Guard, GuardConfig
 from mmrdpm.engine.meter import Meter
 from mmrdpm.engine.parallel import Objective, Parallel, Wanted
+from mmrdpm.engine.shards import ShardWriter
 from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
 from mmrdpm.machine import Precision
 from mmrdpm.monitor import Monitor
@@ -183,13 +186,10 @@ class Trainer:
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
                 " change one of them"
             )
-        names = {
-            IMAGE_TOKENIZER: recipe.tokenizers.image,
-            TEXT_TOKENIZER: recipe.tokenizers.text,
-        }
+        names = (recipe.tokenizers.image, recipe.tokenizers.text)
         self.tokenizers = {
-            place: (checkpoint.tokenizer(run, place, names[place], files), files)
-            for place, files in TOKENIZER_FILES.items()
+            place: (checkpoint.tokenizer(run, place, name, files), files)
+            for name, (place, files) in zip(names, TOKENIZER_FILES.items(), strict=True)
         }
         self.device = machine.device()
         self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER][0]).to(self.device)
@@ -219,7 +219,9 @@ class Trainer:
         self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype, width=width)
         self.average = Average(self.transformer, plan.ema) if plan.ema else None
         self.guard, self.meter = Guard(plan.guard), self._meter()
-        self.writer = checkpoint.Writer(background=self.device.type == "cuda")
+        background = self.device.type == "cuda"
+        self.writer = checkpoint.Writer(background)
+        self.shards = ShardWriter(background) if self.parallel.sharded else None
         self.loader = Loader(
             recipe.data,
             plan.seed,
@@ -287,25 +289,43 @@ class Trainer:
 
     def save(self, run: Path) -> None:
         """Writes a checkpoint of the run. All ranks must call it."""
-        step, policy = self.step, self.recipe.checkpoint
-        raw = distributed.gather(dict(self.transformer.named_parameters()))
-        average = distributed.gather(self.average.tensors) if self.average else None
+        self.writer.finish()
+        step, policy, sharded = self.step, self.recipe.checkpoint, self.shards is not None
+        raw = dict(self.transformer.named_parameters())
+        used = distributed.gather(self.average.tensors if self.average else raw)
         about = {**api.identity(self.images, self.texts), "step": step}
         state = {
             "step": step,
             "data": self._place(),
-            "optimizers": self.optimizers.state(),
+            "optimizers": self.optimizers.state(moments=not sharded),
             "guard": self.guard.state(),
             "meter": self.meter.state(),
-            "raw": raw if average else None,
+            "raw": distributed.gather(raw) if self.average and not sharded else None,
+            "moments": list(self.optimizers.moments()) if sharded else None,
         }
+        written = None
+        if self.shards:
+            written = self.shards.begin(self._sharded(), checkpoint.shards_to_write(run, step))
 
         def write() -> None:
-            checkpoint.save(run, step, average or raw, about, state)
-            checkpoint.prune(run, policy)
+            if written:
+                written()
+            if distributed.is_main():
+                checkpoint.save(run, step, used, about, state, sharded)
+                checkpoint.prune(run, policy)
 
-        if distributed.is_main():
-            self.writer.write(write)
+        self.writer.write(write)
+
+    def _sharded(self, moments: Collection[str] = ()) -> dict[str, Tensor]:
+        """What is cut over the ranks of a sharded model, by name; see `Optimizers.moments`."""
+        parts: dict[str, dict[str, Tensor]] = {
+            "weights": dict(self.transformer.named_parameters()),
+            "average": self.average.tensors if self.average else {},
+            "moments": self.optimizers.moments(moments),
+        }
+        return {
+            f"{part}.{n}": tensor for part, named in parts.items() for n, tensor in named.items()
+        }
 
     def restore(self, path: Path) -> None:
         """Goes back to where the checkpoint at `path` was taken.
@@ -321,13 +341,16 @@ class Trainer:
                 " mmrdpm that wrote it, or begin anew"
             )
         api.check_identity(path, self.images, self.texts)
-        weights.load_into(self.transformer, path)
-        if self.average:
-            self.average.restore(weights.load(path)[0])
-            weights.fill(self.transformer, state["raw"])
+        self.optimizers.restore(state["optimizers"])
+        if folder := checkpoint.shards_of(path):
+            shards.load(self._sharded(state["moments"]), folder)
+        else:
+            weights.load_into(self.transformer, path)
+            if self.average:
+                self.average.restore(weights.load(path)[0])
+                weights.fill(self.transformer, state["raw"])
         self.step = state["step"]
         self.loader.restore(state["data"])
-        self.optimizers.restore(state["optimizers"])
         self.guard.restore(state["guard"])
         self.meter.restore(state["meter"])
 
@@ -337,6 +360,8 @@ class Trainer:
         Raises:
             TrainingError: there is no checkpoint, or it has happened too often.
         """
+        if not distributed.is_main():
+            self.writer.finish()
         distributed.first(self.writer.finish)
         guard, latest = self.guard, checkpoint.agreed(run)
         if latest is None or guard.rollbacks >= guard.config.rollbacks:

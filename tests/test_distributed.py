@@ -13,6 +13,8 @@ import torch
 import yaml
 
 from mmrdpm import checkpoint, distributed, recipe, weights
+from mmrdpm.engine import shards
+from mmrdpm.errors import CheckpointError
 from mmrdpm.train_model import ModelRecipe, train
 
 SEQUENCE = "loss/"  # the figures that must agree
@@ -100,6 +102,56 @@ def test_two_ranks_train_as_one_and_go_on_as_one(mode, shared_recipe, alone, tmp
     ours, theirs = (weights.load(checkpoint.newest(r))[0] for r in (run, alone))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
+
+
+def test_shards_are_read_by_as_many_ranks_as_there_are(shared_recipe, alone, tmp_path):
+    run = tmp_path / "run"
+    codes, _, err = finish(start_ranks(shared_recipe, run, "train.parallel=fsdp"))
+    assert codes == [0, 0], err
+    state = run / "resume" / "step-0000010"
+    assert {p.suffix for p in state.rglob("*") if p.is_file()} == {".safetensors"}
+    parts = sorted((state / "shards").iterdir())
+    assert len(parts) == 2 and not list(run.rglob("*.partial"))
+    remove_after(run, 10)
+    codes, _, err = finish(start_ranks(shared_recipe, run, "--resume", "train.parallel=fsdp"))
+    assert codes == [0, 0], err
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
+    remove_after(run, 10)
+    parts[1].write_bytes(parts[1].read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="could not be read"):
+        train(recipe.load(ModelRecipe, shared_recipe), run, resume=True)
+
+
+BESIDE = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from mmrdpm.engine.shards import ShardWriter
+
+dist.init_process_group("gloo")
+tensor = distribute_tensor(torch.arange(12.0).view(3, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
+written = ShardWriter(background=True).begin({"a": tensor}, Path(sys.argv[-1]))
+tensor.zero_()
+written()
+dist.destroy_process_group()
+"""
+
+
+def test_shards_that_are_written_beside_the_training_are_of_the_moment_they_were_begun(tmp_path):
+    (tmp_path / "beside.py").write_text(BESIDE)
+    program = (str(tmp_path / "beside.py"),)
+    codes, _, err = finish(start_ranks("-", tmp_path / "shards", program=program))
+    assert codes == [0, 0], err
+    again = {"a": torch.zeros(3, 4)}
+    shards.load(again, tmp_path / "shards")
+    assert torch.equal(again["a"], torch.arange(12.0).view(3, 4))
+    with pytest.raises(CheckpointError, match="could not be read"):
+        shards.load({"b": torch.zeros(1)}, tmp_path / "shards")
 
 
 def test_what_one_began_two_go_on_with(shared_recipe, alone, tmp_path):

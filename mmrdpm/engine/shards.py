@@ -1,0 +1,74 @@
+"""Sharded tensors on disk: every rank writes and reads its own part, by torch's DCP.
+
+    FOLDER/shard-00001-model-00001-of-00001.safetensors   what the first rank held, and so on
+
+DCP's usual index is pickled. This is its form in safetensors, whose headers say where each part
+belongs, so that any number of ranks can read them, one process alone too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mmrdpm.errors import CheckpointError
+
+
+class ShardWriter:
+    """Writes shards, on CUDA beside the training: from copies, in a group of its own.
+
+    All ranks must make one.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._group = dist.new_group(backend="gloo") if background else None
+
+    def begin(self, tensors: Mapping[str, Tensor], folder: Path) -> Callable[[], None]:
+        """Begins to write; what it gives waits for the end. All ranks must call both.
+
+        From then on, in the background, the tensors may change. Waiting raises CheckpointError
+        where a rank could not write.
+        """
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save, save
+
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        if self._group is None:
+            work: Callable[[], object] = partial(save, dict(tensors), storage_writer=writer)
+        else:
+            work = async_save(
+                dict(tensors), storage_writer=writer, process_group=self._group
+            ).result  # type: ignore[union-attr]
+        return partial(_told, work, folder, "could not be saved", "make room, and look at the disk")
+
+
+def load(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fills tensors, whole or sharded in any way, with what was saved under their names.
+
+    Raises:
+        CheckpointError: a name is missing, a shape differs, or a file is damaged.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as read
+
+    work = partial(read, dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    _told(work, folder, "could not be read", "go on from an earlier checkpoint")
+
+
+def _told(work: Callable[[], object], folder: Path, what: str, remedy: str) -> None:
+    """Does it; what went wrong on any rank becomes one line."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():  # that there is one process alone, that a folder is not new
+            warnings.simplefilter("ignore")
+            work()
+    except CheckpointException as error:
+        rank, (first, _) = min(error.failures.items())
+        reason = " ".join(str(first).split())[:200]
+        raise CheckpointError(f"{folder}: {what} (rank {rank}: {reason}): {remedy}") from None
