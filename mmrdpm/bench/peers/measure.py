@@ -7,13 +7,13 @@ import gc
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmrdpm.bench.measure import Work, interleaved
 from mmrdpm.bench.peers.protocol import Caption, How, Judging, Peer, Scene
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -56,30 +56,46 @@ def _resident(field: str) -> float:
     raise OSError(f"{_STATUS} has no {field}")
 
 
-@torch.no_grad()
 def sampling(
-    peer: Peer, scene: Scene, captions: Sequence[Caption], plan: Judging
+    peers: Mapping[str, Peer], scene: Scene, captions: Sequence[Caption], plan: Judging
 ) -> list[dict[str, Any]]:
-    """Seconds per picture, from caption to pixels with guidance, and the memory it took."""
-    measured = []
-    for steps in peer.steps:
+    """Seconds per picture, from caption to pixels with guidance, and the memory it took.
+
+    All peers and ways of sampling take turns, so that a busy machine slows them alike.
+    """
+
+    def work(peer: Peer, steps: int, batch: int) -> Work:
         how = How(steps, plan.guidance_scales[0], plan.temperature)
-        for batch in plan.speed_batches:
-            chosen = [captions[i % len(captions)] for i in range(batch)]
-            peak, times = Peak(), []
-            for _ in range(plan.repeats + 1):
-                begun = time.perf_counter()
-                scene.decode(peer.draw(chosen, how))  # ends on the CPU, so nothing is pending
-                times.append(time.perf_counter() - begun)
-            seconds = statistics.median(times[1:]) / batch  # the first one warms up
-            measured.append(
-                {
-                    "steps": steps,
-                    "batch": batch,
-                    "seconds_per_picture": seconds,
-                    "megabytes": peak.megabytes(),
-                }
-            )
+        chosen = [captions[i % len(captions)] for i in range(batch)]
+
+        @torch.no_grad()
+        def draw() -> None:
+            scene.decode(peer.draw(chosen, how))  # ends on the CPU, so nothing is pending
+
+        return draw
+
+    ways = [
+        (name, steps, batch)
+        for name, peer in peers.items()
+        for steps in peer.steps
+        for batch in plan.speed_batches
+    ]
+    works = {repr(way): work(peers[way[0]], *way[1:]) for way in ways}
+    seconds = interleaved(works, plan.repeats)
+    measured = []
+    for way in ways:
+        name, steps, batch = way
+        peak = Peak()
+        works[repr(way)]()
+        measured.append(
+            {
+                "peer": name,
+                "steps": steps,
+                "batch": batch,
+                "seconds_per_picture": statistics.median(seconds[repr(way)]) / batch,
+                "megabytes": peak.megabytes(),
+            }
+        )
     return measured
 
 

@@ -49,11 +49,14 @@ def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
             for title, result, steps in ways
         }
         _plot(out / f"quality-{key}.svg", lines, label)
+    timed = [way for way in ways if _speeds(*way[1:])]
+    if not timed:
+        return
     dots = {
         title: [(max(_speeds(result, steps))[1], best(result["curve"][-1], steps))]
-        for title, result, steps in ways
+        for title, result, steps in timed
     }
-    batch = max(entry["batch"] for entry in ways[0][1]["sampling"])
+    batch = max(entry["batch"] for entry in timed[0][1]["sampling"])
     _plot(out / "quality-sampling.svg", dots, f"seconds per picture, {batch} at once", "log")
 
 
@@ -91,7 +94,7 @@ def _ways(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], 
         (f"{TITLES[result['peer']]}, {steps} steps", result, steps)
         for result in results
         if "curve" in result
-        for steps in sorted({entry["steps"] for entry in result["sampling"]}, reverse=True)
+        for steps in sorted({e["steps"] for e in result["curve"][-1]["drawn"]}, reverse=True)
     ]
 
 

@@ -5,6 +5,7 @@ OUT/NAME/plan.json           FLOPs per update and the learning rates tried
 OUT/NAME/run                 checkpoints, logs and sheets of drawn pictures of the judged run
 OUT/NAME/curve.json          the points at which it was judged, as they come
 OUT/NAME/results.json        all about a peer, once it is done
+OUT/sampling.json            how long all that are done take to draw, measured in turns
 OUT/table.md, OUT/*.svg      of the peers done so far
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mmrdpm import checkpoint, machine, shipped
+from mmrdpm import checkpoint, machine, shipped, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES
 from mmrdpm.bench.peers import measure, report
 from mmrdpm.bench.peers.peers import MAKERS, make, parameters
@@ -65,9 +66,9 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     checkpoint.record(out, recipe, sources)
     wanted = [name for name in MAKERS if name in (names or MAKERS)]
     todo = [name for name in wanted if "curve" not in read(out / name / RESULTS_FILE)]
+    own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
     if todo:
         say("reading the emoji and their features")
-        own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
         scene = Scene(replace(recipe, tokenizers=own))
         quality = Quality(scene, recipe.judging)
     for name in todo:  # a shape that does not do should show before hours are spent
@@ -83,8 +84,24 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
             write(out / name / RESULTS_FILE, {"peer": name, "not_runnable": reason})
         if not finished:
             break
+    if todo and finished:
+        say("timing how the peers draw, in turns")
+        _time_sampling(recipe, scene, quality, out)
     report.write(out, _results(out))
     return finished
+
+
+def _time_sampling(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
+    """Writes `sampling.json`, of all peers that are done."""
+    peers = {}
+    for name in MAKERS:
+        latest = checkpoint.newest(out / name / "run")
+        if latest and "curve" in read(out / name / RESULTS_FILE):
+            peers[name] = make(name, recipe, scene, out).to(machine.device()).eval()
+            weights.load_into(peers[name], latest)
+    captions = [scene.captions[i] for i in quality.chosen]
+    entries = measure.sampling(peers, scene, captions, recipe.judging)
+    write(out / "sampling.json", {"entries": entries})
 
 
 class Run:
@@ -203,31 +220,32 @@ class Run:
         return psnr(again.cpu(), images).mean().item()
 
     def _write_results(self, trainer: Trainer, megabytes: float | None) -> None:
-        captions = [self.scene.captions[i] for i in self.quality.chosen]
-        judging, shape = self.recipe.judging, trainer.shape
-        sampling = measure.sampling(trainer.peer, self.scene, captions, judging)
         results = {
             "peer": self.name,
             "parameters": parameters(trainer.peer),
             "tokens_per_image": trainer.peer.tokens,
             "psnr": self._psnr(trainer),
-            "batch_size": shape.batch_size,
+            "batch_size": trainer.shape.batch_size,
             "updates": trainer.step,
             **self.plan,
             "seconds": trainer.seconds,
             "training_megabytes": megabytes,
             "curve": self.points,
-            "sampling": sampling,
-            "concepts": len(captions),
+            "concepts": len(self.quality.chosen),
             "machine": measure.machine_class(trainer.dtype),
         }
         write(self.folder / RESULTS_FILE, results)
 
 
 def _results(out: Path) -> list[dict[str, Any]]:
-    """Of all peers that have any, in their order."""
+    """Of all peers that have any, in their order, each with its `sampling`."""
     found = [read(out / name / RESULTS_FILE) for name in MAKERS]
-    return [result for result in found if result]
+    entries = read(out / "sampling.json").get("entries", [])
+    return [
+        {**result, "sampling": [entry for entry in entries if entry["peer"] == result["peer"]]}
+        for result in found
+        if result
+    ]
 
 
 def read(path: Path) -> dict[str, Any]:
