@@ -176,7 +176,8 @@ def test_the_loss_of_a_uniform_model_is_the_same_at_every_timestep(model, real):
 
 def test_a_suite_leaves_results_and_a_page_and_goes_on_where_it_was(run, tiny_run, monkeypatch):
     metrics = (
-        "metrics=[named, tone, diversity, caption_exact, retrieval, guidance, loss_per_timestep]"
+        "metrics=[named, tone, diversity, caption_exact, retrieval, guidance, loss_per_timestep,"
+        " codebook_use]"
     )
     groups = "groups=[training concepts, held-out skin tones]"
     command = ("eval", tiny_run, "--suite", "emoji", "--out", "out", *SMALL, metrics, groups)
@@ -206,7 +207,7 @@ def test_a_suite_leaves_results_and_a_page_and_goes_on_where_it_was(run, tiny_ru
                 figure["protocol"]
             )
     page = Path("out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and page.count("<polyline") == 3
+    assert page.count("data:image/png;base64,") == 3 and page.count("<polyline") == 5
     assert not re.search(r"(src|href)=.(?!data:)", page)
     assert "named in top 10" in out and out.endswith("out/report.html\n")
 

@@ -15,7 +15,7 @@ from mmrdpm.data.emoji import EmojiData, Split, concept_of, load_emoji
 from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.errors import DataError
-from mmrdpm.evaluation import captioned, drawn, likelihood
+from mmrdpm.evaluation import captioned, drawn, likelihood, tokenizer
 from mmrdpm.evaluation.figure import Figure, Protocol, digest, digest_of_pictures
 from mmrdpm.evaluation.part import Part
 from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
@@ -174,6 +174,12 @@ class EmojiEvaluation:
             self.model, group.pictures, group.names, self.suite.seed
         )
         return [self._figure("likelihood", group, figure) for figure in figures]
+
+    def codebook_use(self, group: Group) -> list[Figure]:
+        """How evenly the real pictures use the codes of each step."""
+        squares = np.stack([np.asarray(picture) for picture in group.pictures])
+        found = tokenizer.measure_images(self.model.images, squares, self.suite.seed)
+        return [self._figure("codes", group, figure) for figure in tokenizer.codebook_use(found)]
 
     def guidance(self, group: Group) -> list[Figure]:
         """Named in the top 10 against the guidance scale."""

@@ -52,6 +52,7 @@ class EmojiSuite:
         "retrieval",
         "guidance",
         "loss_per_timestep",
+        "codebook_use",
     )
 
     metrics: tuple[str, ...] = KNOWN

@@ -89,6 +89,22 @@ def measure_images(tokenizer: ImageTokenizer, squares: np.ndarray, seed: int = 0
     )
 
 
+def codebook_use(found: ImageFigures) -> list[Figure]:
+    """Perplexity over size at every step; its interval is over the choice of pictures."""
+    figures, steps = [], range(len(found.codebook_sizes), 0, -1)
+    rows = zip(steps, found.code_indices, found.codebook_sizes, found.usage, strict=True)
+    for t, codes, size, value in rows:
+
+        def use(chosen: np.ndarray, codes: Tensor = codes, size: int = size) -> float:
+            return perplexity(codes[chosen], size) / size
+
+        interval = bootstrap(use, value, len(codes))
+        protocol = {"t": t, "codebook_size": size}
+        name = f"codebook use at timestep {t}"
+        figures.append(Figure(name, value, interval, "of codebook", len(codes), protocol))
+    return figures
+
+
 @dataclass(frozen=True)
 class TextFigures:
     """How long texts become; `broken` counts those that no round trip brings back."""
@@ -153,20 +169,7 @@ class TokenizerEvaluation:
         return self._distances(group, drawn.frechet)
 
     def codebook_use(self, group: str) -> list[Figure]:
-        """Perplexity over size at every step; its interval is over the choice of pictures."""
-        found, figures = self._measure(group), []
-        steps = range(self.tokenizer.num_timesteps, 0, -1)
-        rows = zip(steps, found.code_indices, found.codebook_sizes, found.usage, strict=True)
-        for t, codes, size, value in rows:
-
-            def use(chosen: np.ndarray, codes: Tensor = codes, size: int = size) -> float:
-                return perplexity(codes[chosen], size) / size
-
-            interval = bootstrap(use, value, len(codes))
-            protocol = {"t": t, "codebook_size": size}
-            name = f"codebook use at timestep {t}"
-            figures.append(Figure(name, value, interval, "of codebook", len(codes), protocol))
-        return figures
+        return codebook_use(self._measure(group))
 
     def latent_error(self, group: str) -> list[Figure]:
         errors = self._measure(group).latent_error
