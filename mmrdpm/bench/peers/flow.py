@@ -27,6 +27,7 @@ class Flow(Peer):
     """Predicts the velocity `eps - z_0` at `(1 - sigma) z_0 + sigma eps`."""
 
     stack = ("network.transformer_blocks.",)
+    draws_codes = False
 
     def __init__(self, shape: Shape, text_size: int, grid: tuple[int, int, int]) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ def sampling(
     """
 
     def work(peer: Peer, steps: int, batch: int) -> Work:
-        how = How(steps, plan.guidance_scales[0], plan.temperature)
+        how = How(steps, plan.guidance_scales[0], plan.temperatures[0])
         chosen = [captions[i % len(captions)] for i in range(batch)]
 
         @torch.no_grad()

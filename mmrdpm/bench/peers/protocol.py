@@ -78,15 +78,15 @@ class Judging:
 
     Attributes:
         concepts: training concepts without a skin tone that are drawn.
-        guidance_scales: all are judged, the table shows the best by top 10.
-        temperature: of peers that draw tokens.
+        guidance_scales, temperatures: all pairs are judged, the table shows the best by top 10; of
+            peers that draw no codes, the first temperature alone.
         speed_batches: numbers of pictures drawn at once when sampling is timed.
         repeats: of each timing; the median counts.
     """
 
     concepts: int = field(default=200, metadata={"min": 2})
     guidance_scales: tuple[float, ...] = (2.0, 4.0)
-    temperature: float = field(default=0.7, metadata={"min": 0.01})
+    temperatures: tuple[float, ...] = (0.7, 1.0)
     speed_batches: tuple[int, ...] = (1, 64)
     repeats: int = field(default=3, metadata={"min": 1})
     seed: int = field(default=0, metadata={"min": 0})
@@ -94,6 +94,8 @@ class Judging:
     def __post_init__(self) -> None:
         if not self.guidance_scales or min(self.guidance_scales) < 1:
             raise RecipeError("judging.guidance_scales: name at least one scale, each at least 1")
+        if not self.temperatures or min(self.temperatures) <= 0:
+            raise RecipeError("judging.temperatures: name at least one, each above 0")
         if not self.speed_batches or min(self.speed_batches) < 1:
             raise RecipeError("judging.speed_batches: name at least one, each at least 1")
 
@@ -217,11 +219,13 @@ class Peer(nn.Module, ABC):
 
     Attributes:
         stack: beginnings of the names of the parameters whose matrices Muon takes.
+        draws_codes: whether a temperature means something to it.
         tokens: image positions or tokens that the network handles per picture.
         steps: network evaluations per picture of each way of sampling.
     """
 
     stack: ClassVar[tuple[str, ...]]
+    draws_codes: ClassVar[bool] = True
     tokens: int
     steps: tuple[int, ...]
 

@@ -16,6 +16,7 @@ _HEAD = (
     "PSNR dB",
     "steps",
     "guidance",
+    "T",
     "top 1",
     "top 10",
     "KID x 1000",
@@ -75,15 +76,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         lines += [
             "",
             f"{result['concepts']} training concepts, features of EfficientNet-Lite0, 95% intervals"
-            " over the pictures, of the guidance scales the best by top 10; seconds per picture at"
-            f" batch {batches}; MiB beyond the weights while training and judging;"
+            " over the pictures, of the guidance scales and temperatures T the best by top 10;"
+            f" seconds per picture at batch {batches}; MiB beyond the weights while training and"
+            " judging;"
             f" times on {result['machine']}.",
         ]
     return "\n".join(lines) + "\n"
 
 
 def best(point: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Of the guidance scales at a point the one with the best top 10, then the lowest KID."""
+    """Of the ways of drawing at a point the one with the best top 10, then the lowest KID."""
     drawn = [entry for entry in point["drawn"] if entry["steps"] == steps]
     return max(drawn, key=lambda entry: (entry["top10"], -entry["kid"]))
 
@@ -114,6 +116,7 @@ def _row(title: str, result: dict[str, Any], steps: int) -> list[str]:
         f"{result['psnr']:.2f}",
         str(steps),
         f"{figures['guidance_scale']:g}",
+        f"{figures['temperature']:g}",
         _with_interval(figures, "top1", 100, "{:.0f}%".format),
         _with_interval(figures, "top10", 100, "{:.0f}%".format),
         _with_interval(figures, "kid", 1000, "{:.0f}".format),

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -174,17 +175,17 @@ class Run:
         """Adds a point to the curve, unless it is there already."""
         if any(point["step"] == trainer.step for point in self.points):
             return
+        judging, peer = self.recipe.judging, trainer.peer
+        temperatures = judging.temperatures if peer.draws_codes else judging.temperatures[:1]
         drawn = []
-        for steps in trainer.peer.steps:
-            for scale in self.recipe.judging.guidance_scales:
-                how = How(steps, scale, self.recipe.judging.temperature)
-                figures = self._figures(trainer, how)
-                drawn.append({"steps": steps, "guidance_scale": scale, **figures})
-                monitor.say(
-                    f"{self.name} update {trainer.step}: {steps} steps, guidance {scale:g}:"
-                    f" top 10 {figures['top10']:.1%}, top 1 {figures['top1']:.1%},"
-                    f" KID {figures['kid']:.4f}"
-                )
+        for how in starmap(How, product(peer.steps, judging.guidance_scales, temperatures)):
+            figures = self._figures(trainer, how)
+            drawn.append({**asdict(how), **figures})
+            monitor.say(
+                f"{self.name} update {trainer.step}: {how.steps} steps, guidance"
+                f" {how.guidance_scale:g}, temperature {how.temperature:g}: top 10"
+                f" {figures['top10']:.1%}, top 1 {figures['top1']:.1%}, KID {figures['kid']:.4f}"
+            )
         self.points.append(
             {
                 "step": trainer.step,
@@ -205,8 +206,8 @@ class Run:
             pictures += self.scene.decode(latents)
         columns, rows = _SHEET
         shown = [pictures[i * columns : (i + 1) * columns] for i in range(rows)]
-        name = f"step-{trainer.step:07d}-steps-{how.steps}-guidance-{how.guidance_scale:g}.png"
-        path = self.folder / "run" / "samples" / name
+        name = f"{how.steps}-steps-guidance-{how.guidance_scale:g}-temperature-{how.temperature:g}"
+        path = self.folder / "run" / "samples" / f"step-{trainer.step:07d}-{name}.png"
         path.parent.mkdir(exist_ok=True)
         contact_sheet([row for row in shown if row], scale=2).save(path)
         return asdict(self.quality(pictures))

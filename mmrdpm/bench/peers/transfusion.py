@@ -25,6 +25,7 @@ class Transfusion(Peer):
     """Predicts the velocity `z_0 - eps` at `t z_0 + (1 - t) eps`; the text has no loss."""
 
     stack = ("library.transformer.layers.",)
+    draws_codes = False
 
     def __init__(self, shape: Shape, text_size: int, grid: tuple[int, int, int]) -> None:
         super().__init__()
