@@ -169,9 +169,10 @@ def save(
     weights.check_finite(parameters, path)
     whole = run / _RESUME / path.name
     folder = whole.with_suffix("")
-    shutil.rmtree(
-        folder, ignore_errors=True
-    )  # of the same step, saved before a return to an earlier
+    if folder.exists():  # of weights that were taken away
+        aside = folder.with_suffix(".old.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
     if sharded:
         partial = shards_to_write(run, step).parent
         save_tree(state, partial / _STATE)

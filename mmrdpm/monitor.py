@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,7 @@ class Log(Protocol):
     def figures(self, step: int, figures: Mapping[str, float]) -> None: ...
     def picture(self, name: str, step: int, image: Image.Image) -> None: ...
     def text(self, name: str, step: int, text: str) -> None: ...
+    def rewind(self, done: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -43,7 +45,12 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, done: int) -> None:
-        kept = []
+        self._path = path
+        self.rewind(done)
+
+    def rewind(self, done: int) -> None:
+        """Drops the records of the steps after `done`."""
+        path, kept = self._path, []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] <= done:
@@ -73,7 +80,13 @@ class TensorBoard:
     """Event files; a run that goes on hides what came after step `done`."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        self._board = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        self._folder = str(folder)
+        self._board = SummaryWriter(self._folder, purge_step=done + 1 if done else None)
+
+    def rewind(self, done: int) -> None:
+        """Hides what came after step `done`."""
+        self._board.close()
+        self._board = SummaryWriter(self._folder, purge_step=done + 1)
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -90,10 +103,10 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; the run keeps its identity when it goes on.
+    """Weights & Biases; the run keeps its identity, which lies in its folder, when it goes on.
 
     Raises:
-        RecipeError: the package is not installed.
+        RecipeError: the package is not installed, or does not let a run begin.
     """
 
     def __init__(self, project: str, run: Path) -> None:
@@ -103,11 +116,27 @@ class WandB:
             raise RecipeError(
                 "train.wandb is set, but wandb is not installed: pip install wandb, or leave it out"
             ) from None
-        name = run.resolve().name
+        identity = run / ".wandb-id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex, encoding="utf-8")
         self._wandb: Any = wandb
-        self._run: Any = wandb.init(
-            project=project, name=name, id=name, resume="allow", dir=str(run)
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                name=run.resolve().name,
+                id=identity.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(run),
+            )
+        except wandb.Error as error:  # no login, no network
+            reason = " ".join(str(error).split())[:200]
+            raise RecipeError(
+                f"train.wandb is set, but wandb could not begin ({reason}): log in, set"
+                " WANDB_MODE=offline, or leave it out"
+            ) from None
+
+    def rewind(self, done: int) -> None:
+        """It takes no step twice: the steps that come again are left out there."""
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
@@ -164,6 +193,12 @@ class Monitor:
     def advance(self, step: int) -> None:
         """Moves the bar."""
         self._progress.update(self._task, completed=step)
+
+    def rewind(self, done: int) -> None:
+        """Goes back to step `done`: what was logged of later ones will come again."""
+        for log in self._logs:
+            log.rewind(done)
+        self.advance(done)
 
     def record(self, step: int, figures: Mapping[str, float], shown: Mapping[str, str]) -> None:
         """Logs figures, and shows some of them beside the bar and, off a terminal, as a line."""

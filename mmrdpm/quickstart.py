@@ -52,10 +52,13 @@ def quickstart(folder: Path, say: Callable[[str], None]) -> Path:
 
 def _train(run: Path) -> bool:
     """Trains the small model, or goes on with it; False if it was stopped."""
+    if resume := (run / checkpoint.RECIPE_FILE).exists():
+        return train(recipe.load(ModelRecipe, run / checkpoint.RECIPE_FILE), run, resume)
     path = shipped.resolve("recipes", _RECIPE)
     # nothing that would have to be compiled first
-    loaded = recipe.load(ModelRecipe, path, ["train.compile=false", "train.attention=sdpa"])
-    return train(loaded, run, resume=(run / checkpoint.RECIPE_FILE).exists())
+    return train(
+        recipe.load(ModelRecipe, path, ["train.compile=false", "train.attention=sdpa"]), run
+    )
 
 
 def draw(model: Model, folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         mapping = yaml.load(path.read_text(encoding="utf-8"), _Strict)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of odd dates and numbers too
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if mapping is None:
         mapping = {}
@@ -97,7 +98,7 @@ def _override(mapping: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: write it as key=value, e.g. train.lr=3e-4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -178,7 +179,7 @@ def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
             pass
     if type(value) is not hint:
         raise RecipeError(
-            f"{where}: {key} must be {_article(hint)}, not {_kind(value)} ({value!r})"
+            f"{where}: {key} must be {_article(hint)}, not {_kind(value)} ({reprlib.repr(value)})"
         )
     return value
 

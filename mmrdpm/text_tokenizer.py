@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmrdpm.errors import CheckpointError, DataError, RecipeError
 
+_LONGEST_TEXT = 2**30  # bytes; SentencePiece would leave out longer than 4,192 without a word
 FILES = ("tokenizer.json", "tokenizer.model")
 """What a text tokeniser's folder holds, one of the two."""
 
@@ -187,6 +188,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         RecipeError: there are not ids enough for bytes and characters.
     """
     model = io.BytesIO()
+    texts = [*texts]  # what is wrong with them should not be told by the library's own errors
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(SentencePiece._escape(text) for text in texts),
@@ -201,6 +203,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
             bos_id=-1,
             eos_id=-1,
             num_threads=1,
+            max_sentence_length=_LONGEST_TEXT,
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -157,6 +157,7 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
                 monitor.say(f"step {trainer.step}  {trainer.guard.report()}")
             if trainer.guard.lost_patience:
                 monitor.say(trainer.roll_back(run))
+                monitor.rewind(trainer.step)
                 continue
             step, last = trainer.step, trainer.step == plan.steps
             stopping = distributed.anyone(monitor.stopping)
@@ -239,9 +240,8 @@ class Trainer:
         stack = sum(
             p.numel() for part in (model.attentions, model.feed_forwards) for p in part.parameters()
         )
-        peak = machine.peak_rate(self.device, self.dtype)
-        table = model.table.weight.numel()
-        return Meter(self.images.num_timesteps, self.device, peak, stack, table)
+        steps, table = self.images.num_timesteps, model.table.weight.numel()
+        return Meter(steps, self.device, machine.peak_rate(self.device, self.dtype), stack, table)
 
     def describe(self) -> str:
         """One line about the size of things."""

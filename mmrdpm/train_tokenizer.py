@@ -111,7 +111,9 @@ def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) ->
                 figures = {f"loss/{name}": value for name, value in losses.items()}
                 figures |= trainer.data.figures() | trainer.fit.usage.check(plan.collapse, run)
                 monitor.record(step, figures, trainer.shown(phase, figures))
-            if step == plan.steps or step % policy.every == 0 or stopping:
+            # what the advice against a collapse builds on: the finished autoencoder
+            handed_over = step == trainer.phases.autoencoder + 1
+            if step == plan.steps or step % policy.every == 0 or handed_over or stopping:
                 save(trainer, run, policy)
             if stopping:
                 break

@@ -176,7 +176,10 @@ def cache_recipe(folder, tiny_tokenizers, tmp_path_factory):
     mapping = {
         "kind": "model",
         "tokenizers": {t: str(tiny_tokenizers / t) for t in ("image", "text")},
-        "data": {"sources": {"p": {"type": "folder", "path": str(folder)}}},
+        "data": {
+            "sources": {"p": {"type": "folder", "path": str(folder)}},
+            "max_broken_share": 0.5,
+        },
     }
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
     path.write_text(yaml.safe_dump(mapping))
@@ -209,6 +212,19 @@ def test_two_ranks_killed_and_started_again_make_one_cache(cache_recipe, cache, 
     made, expected = CachedLatents(str(tmp_path / "p")), CachedLatents(str(cache))
     assert len(made) == len(expected) == 10
     assert [made.record(i).key for i in range(10)] == [expected.record(i).key for i in range(10)]
+
+
+def test_a_cache_of_mostly_broken_or_of_other_records_is_an_error(
+    cache_recipe, images, tmp_path, capsys
+):
+    command = ["data", "cache", str(cache_recipe), "--out", str(tmp_path)]
+    assert main([*command, "data.max_broken_share=0.1"]) == 1
+    said = capsys.readouterr().err
+    assert "1 of 12 left out: no caption" in said and "2 of 12 records are broken" in said
+    (tmp_path / "t.jsonl").write_text('{"text": "no picture"}\n')
+    source = open_source("t", SourceConfig("text", path=str(tmp_path / "t.jsonl")))
+    with pytest.raises(DataError, match="is no image-text pair"):
+        write_all(CacheWriter(source, images, tmp_path / "c", "tiny"))
 
 
 def test_inspect_prints_samples_and_problems_and_draws_a_sheet(folder, tmp_path, capsys):

@@ -183,7 +183,7 @@ def lane(lengths, seq_len, look_ahead, state=None):
             else:
                 yield Item(n, "s", Draft(((n,) * length,)))
 
-    return Lane(read, lambda draft: draft.length(()), seq_len, look_ahead, 0.5, state)
+    return Lane(read, lambda draft: draft.length(()), seq_len, look_ahead, state)
 
 
 def numbers(row):
@@ -278,7 +278,7 @@ def test_broken_records_are_logged_and_too_many_stop_the_run(parts, tmp_path):
     for _ in range(10):
         patient.batch()
     lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
-    assert patient.skipped["p: empty caption"] == len(lines) > 10
+    assert patient.rows.broken()["p: empty caption"] == len(lines) > 10
     assert '"key": "0.png"' in "".join(lines) and '"cause": "empty caption"' in lines[0]
     for workers in (0, 1):
         strict = make(0.1, workers=workers)
@@ -289,8 +289,11 @@ def test_broken_records_are_logged_and_too_many_stop_the_run(parts, tmp_path):
 
 def test_a_few_broken_records_at_the_start_stop_nothing():
     check_broken(Counter({"a": 4}), 4, 0.05)
-    with pytest.raises(DataError, match="6 of 6"):
-        check_broken(Counter({"a": 4, "b": 2}), 6, 0.05)
+    check_broken(Counter({"a": 30, "b": 20}), 60, 0.05)
+    with pytest.raises(DataError, match="51 of 60"):
+        check_broken(Counter({"a": 30, "b": 21}), 60, 0.05)
+    with pytest.raises(DataError, match="6 of 60"):
+        check_broken(Counter({"a": 6}), 60, 0.05, at_least=1)
 
 
 def test_image_drafts_know_their_length():

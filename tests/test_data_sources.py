@@ -10,12 +10,14 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
 
 from mmrdpm.data import pictures
 from mmrdpm.data.inspect import guess
 from mmrdpm.data.pictures import PictureError
 from mmrdpm.data.records import Broken, Interleaved, Pair, Text
 from mmrdpm.data.sources import SourceConfig, open_source
+from mmrdpm.data.sources.files import IMAGE_SUFFIXES, find
 from mmrdpm.errors import DataError, RecipeError
 
 
@@ -160,6 +162,50 @@ def test_a_cut_shard_gives_what_it_holds_and_says_so(tmp_path):
     assert (last.key, last.cause) == (str(path), "damaged shard")
 
 
+@pytest.mark.parametrize("damage", ["hole", "garbage", "no end", "more behind"])
+def test_a_shard_that_is_damaged_at_a_header_does_not_just_end(damage, tmp_path):
+    members = [(f"{i}.{e}", c) for i in range(4) for e, c in (("png", image()), ("txt", b"t"))]
+    path = write_tar(tmp_path / "s.tar", members)
+    content = path.read_bytes()
+    third = content.index(b"2.png")
+    path.write_bytes(
+        {
+            "hole": content[:third] + bytes(512) + content[third + 512 :],
+            "garbage": content[:third] + b"\xff" * 512 + content[third + 512 :],
+            "no end": content[:third],
+            "more behind": content + content,
+        }[damage]
+    )
+    *whole, last = shards(path)
+    assert len(whole) >= 1 and all(isinstance(r, Pair) for r in whole)
+    assert (last.key, last.cause) == (str(path), "damaged shard")
+
+
+def test_a_member_that_nobody_wants_may_be_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmrdpm.data.sources.webdataset.MAX_BYTES", 400)
+    film, text = ("1.mp4", bytes(5000)), ("1.txt", b"one")
+    assert shards(write_tar(tmp_path / "a.tar", [("1.png", image()), text, film]))[0].captions
+    (broken,) = shards(write_tar(tmp_path / "b.tar", [("1.png", bytes(500)), text]))
+    assert broken.cause == "archive member too large"
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/{0..9}.tar", "/data/{000..12.tar"])
+def test_addresses_that_cannot_be_used_are_one_clear_error(path):
+    with pytest.raises(DataError, match=r"pipe:COMMAND|write ranges as"):
+        shards(path)
+
+
+def test_one_empty_shard_stops_nothing_all_of_them_do(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", [("1.png", image()), ("1.txt", b"one")][: 2 * (i > 0)])
+    full = opened("webdataset", tmp_path / "*.tar")
+    found = [next(full.records(lane, 3, "seed", None))[1] for lane in range(3)]
+    assert all(isinstance(r, Pair) for r in found)
+    empty = opened("webdataset", tmp_path / "0.tar")
+    with pytest.raises(DataError, match="hold no records"):
+        next(empty.records(0, 3, "seed", None))
+
+
 def test_shards_come_through_http_and_pipes_and_failures_are_clear(tmp_path):
     path = write_tar(tmp_path / "s.tar", [("1.png", image()), ("1.txt", b"one")])
     assert shards(f"pipe:cat {path}")[0].captions == ("one",)
@@ -182,6 +228,16 @@ def test_shards_come_through_http_and_pipes_and_failures_are_clear(tmp_path):
         with pytest.raises(DataError, match=f"{address}/none.tar: the shard could not be read"):
             shards(f"{address}/none.tar")
         server.shutdown()
+
+
+class _Everything(IterableDataset):
+    """In every worker the keys of the first shard."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __iter__(self):
+        yield [r.key.rpartition("#")[2] for r in self.source.shard(0)]
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +276,30 @@ def test_hugging_face_streams_and_their_faults(table):
     source = opened("huggingface", table / "t.parquet", streaming=True)
     records = [r for i in range(source.num_shards()) for r in source.shard(i)]
     assert [getattr(r, "captions", None) for r in records] == [("one",), ("two",), None]
+    workers = DataLoader(_Everything(source), batch_size=None, num_workers=2)
+    assert [keys for keys in workers] == [["0/0", "0/1", "0/2"]] * 2
     with pytest.raises(DataError, match="no column 'alt': it has image, caption, label"):
         opened("huggingface", table / "t.parquet", caption="alt")
     (table / "t.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(DataError, match="could not be opened"):
         opened("huggingface", table / "t.parquet")
+
+
+def test_rows_name_files_of_the_data_set_alone_and_labels_that_it_knows(datasets, tmp_path):
+    from pyarrow import parquet
+
+    for place in ("data/in.png", "out.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(image())
+    paths = ["in.png", str(tmp_path / "out.png"), "../out.png", "in.png"]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])}
+    rows = {"image": [{"bytes": None, "path": p} for p in paths], "label": [0, 0, 0, None]}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    data = data.cast_column("image", datasets.Image(decode=False))
+    parquet.write_table(data.data.table, tmp_path / "data" / "t.parquet")
+    found = everything(opened("huggingface", tmp_path / "data/t.parquet", template="a {label}"))
+    assert found[0].captions == ("a cat",) and found[0].image == tmp_path / "data" / "in.png"
+    assert [r.cause for r in found[1:]] == ["no image", "no image", "no label"]
 
 
 def test_an_unreachable_hub_is_one_clear_error(datasets, monkeypatch):
@@ -299,3 +374,20 @@ def test_a_damaged_exif_is_a_broken_picture_or_none_at_all(kind, tmp_path):
         assert pictures.open_picture(tmp_path / f"a.{kind}").size == (4, 4)
     except PictureError as error:
         assert "could not be read" in str(error)
+
+
+def test_postscript_is_no_picture(tmp_path):
+    """Its reader runs programs."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(PictureError, match="not a picture that can be read"):
+        pictures.open_picture(tmp_path / "a.jpg")
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(image())
+    (tmp_path / "data" / "cats").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "up").symlink_to(tmp_path / "data")  # a circle
+    assert find(str(tmp_path / "data"), IMAGE_SUFFIXES) == [tmp_path / "data" / "cats" / "a.png"]

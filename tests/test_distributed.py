@@ -106,6 +106,9 @@ def test_two_ranks_train_as_one_and_go_on_as_one(mode, shared_recipe, alone, tmp
 
 def test_shards_are_read_by_as_many_ranks_as_there_are(shared_recipe, alone, tmp_path):
     run = tmp_path / "run"
+    torn = run / "resume" / "step-0000010.partial" / "shards"  # of a save by more ranks, killed
+    torn.mkdir(parents=True)
+    (torn / "shard-00003-model-00001-of-00001.safetensors").write_bytes(b"torn")
     codes, _, err = finish(start_ranks(shared_recipe, run, "train.parallel=fsdp"))
     assert codes == [0, 0], err
     state = run / "resume" / "step-0000010"
@@ -117,8 +120,13 @@ def test_shards_are_read_by_as_many_ranks_as_there_are(shared_recipe, alone, tmp
     assert codes == [0, 0], err
     assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
     remove_after(run, 10)
-    parts[1].write_bytes(parts[1].read_bytes()[:-9])
+    content = parts[1].read_bytes()
+    parts[1].write_bytes(content[:-9])
     with pytest.raises(CheckpointError, match="could not be read"):
+        train(recipe.load(ModelRecipe, shared_recipe), run, resume=True)
+    parts[0].rename(tmp_path / "lost")
+    parts[1].write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not whole"):
         train(recipe.load(ModelRecipe, shared_recipe), run, resume=True)
 
 

@@ -71,3 +71,13 @@ def test_a_key_that_comes_twice_is_refused(tmp_path):
     path = write(tmp_path, "name: a\nname: b\n")
     with pytest.raises(RecipeError, match="'name' comes twice, again in line 2"):
         recipe.load(Outer, path)
+
+
+@pytest.mark.parametrize("value", ["2024-13-01", "0x_", "[" * 3000])
+def test_values_that_yaml_itself_trips_over_are_one_clear_line(value, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"key: {value}\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        recipe.read(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("key: 1\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        recipe.read(tmp_path / "r.yaml", [f"key={value}"])

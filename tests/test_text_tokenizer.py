@@ -88,6 +88,14 @@ def test_a_tokeniser_learns_from_the_texts_and_captions_of_any_source(tmp_path):
     recipe = TextTokenizerRecipe(vocab_size=400, data=TextPlan(sources))
     trained = train_text(recipe, tmp_path / "made")
     assert len(trained.encode("zyzzyva number 7")) < 6
-    (tmp_path / "t.jsonl").write_text("no JSON\n" * 40)
-    with pytest.raises(DataError, match="records are broken"):
-        list(read_texts(TextPlan(sources)))
+    for line in ("no JSON", '{"text": "\\ud83d"}'):
+        (tmp_path / "t.jsonl").write_text(f"{line}\n" * 40)
+        with pytest.raises(DataError, match="40 of 40 records are broken"):
+            list(read_texts(TextPlan(sources)))
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_long_text_is_learned_from_too(kind):
+    long = " ".join(f"zyzzyva {i}" for i in range(2000))  # over 4,192 bytes
+    train = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
+    assert len(train[kind]([long], 300).encode("zyzzyva")) == 1

@@ -6,7 +6,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -53,11 +53,18 @@ def quickstart_command(options: argparse.Namespace) -> None:
     print(quickstart(options.out, lambda line: print(line, file=sys.stderr)))
 
 
+def _version() -> str:
+    try:
+        return version("mmrdpm")
+    except PackageNotFoundError:
+        return "of a source folder that is not installed"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmrdpm", description="One transformer that draws, captions and writes."
     )
-    parser.add_argument("--version", action="version", version=f"mmrdpm {version('mmrdpm')}")
+    parser.add_argument("--version", action="version", version=f"mmrdpm {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for part in (use, data, training, evaluating, scale, benchmarks, sweeping):
         part.add(commands)

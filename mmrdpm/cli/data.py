@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmrdpm import distributed, machine, recipe, shipped
 from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
 from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.inspect import guess, inspect
+from mmrdpm.data.packing import check_broken
 from mmrdpm.data.records import Indexed, Source
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import MmrdpmError, UsageError
@@ -69,7 +71,7 @@ def _configs(source: str, overrides: list[str]) -> dict[str, SourceConfig]:
                 f"{override!r}: one source at a time, and its keys as key=value (put braces and"
                 " stars in quotes, or the shell makes many words of them)"
             )
-        mapping[key] = value
+        mapping[key] = {"true": True, "false": False}.get(value, value)
     return {"source": recipe.from_dict(SourceConfig, mapping, source)}
 
 
@@ -93,7 +95,7 @@ def data_cache(options: argparse.Namespace) -> None:
     if not writers:
         raise UsageError(f"{options.recipe}: none of its data.sources holds image-text pairs")
     for name, writer in writers.items():
-        _fill(name, writer, options)
+        _fill(name, writer, options, loaded.data.max_broken_share)
         print(writer.folder)
 
 
@@ -103,17 +105,28 @@ def _writer(source: Source, tokenizer: str, options: argparse.Namespace, name: s
     return CacheWriter(source, images, folder, tokenizer, options.per_shard, options.buckets)
 
 
-def _fill(name: str, writer: CacheWriter, options: argparse.Namespace) -> None:
-    """Makes this process's share of the missing shards."""
+def _fill(
+    name: str, writer: CacheWriter, options: argparse.Namespace, max_broken_share: float
+) -> None:
+    """Makes this process's share of the missing shards; tells what was left out, and why."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     mine = range(rank, writer.manifest.shards, world_size)
     missing = [i for i in writer.missing() if i in mine]
     make = writer.write_by_ray if options.ray else lambda shards: map(writer.write, shards)
+    broken: Counter[str] = Counter()
+    seen = 0
     with _progress(name, len(mine), len(mine) - len(missing)) as advance:
-        for _, skipped in make(missing):
+        for kept, skipped in make(missing):
             advance()
-            for broken in skipped:
-                print(f"{broken.key}: {broken.cause} {broken.detail}".rstrip(), file=sys.stderr)
+            for record in skipped:
+                print(f"{record.key}: {record.cause} {record.detail}".rstrip(), file=sys.stderr)
+            broken.update(record.cause for record in skipped)
+            seen += kept + len(skipped)
+            check_broken(broken, seen, max_broken_share, skipped[-1] if skipped else None)
+    for cause, number in broken.most_common():
+        print(f"{name}: {number} of {seen} left out: {cause}", file=sys.stderr)
+    if broken:
+        check_broken(broken, seen, max_broken_share, at_least=1)
 
 
 @contextmanager

@@ -108,7 +108,8 @@ class CacheWriter:
         """Makes one shard; gives the number of its records, and those left out.
 
         Raises:
-            DataError: the source cannot be read, or the shard not be written.
+            DataError: the source cannot be read, or holds other things than pairs.
+            CheckpointError: the shard could not be written.
         """
         shard = _Shard(self.tokenizer)
         skipped = []
@@ -118,6 +119,11 @@ class CacheWriter:
                     shard.add(record, self._pixels(record))
                 elif isinstance(record, Broken):
                     skipped.append(record)
+                else:
+                    raise DataError(
+                        f"{record.key}: is no image-text pair: leave its source out of the recipe"
+                        " for caching"
+                    )
             except PictureError as error:
                 skipped.append(Broken(record.key, error.cause, error.detail))
         causes = Counter(broken.cause for broken in skipped)

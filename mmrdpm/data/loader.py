@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrdpm import distributed
 from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.documents import Draft, Drafter
 from mmrdpm.data.emoji_stream import EmojiStream
@@ -68,7 +69,6 @@ class Loader:
         in_order = not plan.sources and plan.look_ahead is None
         kind = InOrder if in_order else Lanes
         self.rows = kind(self.stream, plan, image_tokenizer.grid, rank, world_size)
-        self.skipped: Counter[str] = Counter()
         self.skipped_log = skipped_log
 
     def describe(self) -> str:
@@ -96,19 +96,21 @@ class Loader:
             DataError: a source failed, too many records are broken, or one is longer than a row.
         """
         rows, skipped = self.rows.next()
-        self._log(skipped)
+        if self.skipped_log:
+            log_skipped(self.skipped_log, skipped)
         grid = self.image_tokenizer.grid
         channels = self.image_tokenizer.latent_channels
         return pack(self._tokenise(rows), self.plan.seq_len, self.vocabulary, channels, len(grid))
 
     def figures(self) -> dict[str, float]:
-        """For the log: the number of records left out since the start of this process."""
-        return {"data/skipped": self.skipped.total()}
+        """For the log: records left out since the run began, of all ranks, in all and by cause.
 
-    def _log(self, skipped: Sequence[Skipped]) -> None:
-        self.skipped.update(f"{s.source}: {s.record.cause}" for s in skipped)
-        if self.skipped_log:
-            log_skipped(self.skipped_log, skipped)
+        All ranks must call it.
+        """
+        parts = distributed.gather_objects(self.rows.broken())
+        broken = sum(parts, Counter[str]())
+        causes = {f"data/skipped/{cause}": float(count) for cause, count in broken.items()}
+        return {"data/skipped": float(broken.total()), **causes}
 
     def _tokenise(self, rows: Sequence[Sequence[Draft]]) -> list[list[Document]]:
         """Fresh codes for all images of a batch at once."""

@@ -12,7 +12,8 @@ from mmrdpm.data.mixture import Item
 from mmrdpm.data.records import Broken
 from mmrdpm.errors import DataError
 
-_AT_LEAST = 100  # records before a share of broken ones means anything
+_AT_LEAST = 1000  # records before a share of broken ones means anything
+_IN_A_ROW = 500
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class Lane:
         length: tokens that a draft takes in a row.
         seq_len: tokens of a row.
         look_ahead: documents that wait to be chosen.
-        max_broken_share: see `check_broken`.
         state: where to go on, see `state`.
     """
 
@@ -44,11 +44,10 @@ class Lane:
         length: Callable[[Draft], int],
         seq_len: int,
         look_ahead: int,
-        max_broken_share: float,
         state: dict[str, Any] | None = None,
     ) -> None:
         self._length, self._seq_len, self._look_ahead = length, seq_len, look_ahead
-        self._max_broken_share = max_broken_share
+        self._broken_in_a_row = 0
         state = state or {"place": None, "taken": [], "read": 0, "seen": 0, "broken": {}}
         self.seen, self.broken = state["seen"], Counter(state["broken"])
         self._items = read(state["place"])
@@ -80,7 +79,8 @@ class Lane:
         """The documents of the next row, and what was left out since the last.
 
         Raises:
-            DataError: too many records are broken, or the source failed.
+            DataError: hundreds of records in a row are broken, one is longer than a row, or the
+                source failed.
         """
         row, room = [], self._seq_len
         place: int | None = 0
@@ -114,9 +114,12 @@ class Lane:
             if isinstance(item.draft, Broken):
                 self.broken[f"{item.source}: {item.draft.cause}"] += 1
                 self._skipped.append(Skipped(item.source, item.draft))
-                check_broken(self.broken, self.seen, self._max_broken_share, item.draft)
+                self._broken_in_a_row += 1
+                if self._broken_in_a_row == _IN_A_ROW:  # it might search for ever
+                    check_broken(self.broken, self.seen, 0.0, item.draft)
                 self._append(None)
             else:
+                self._broken_in_a_row = 0
                 self._check_length(item.draft)
                 self._append(item)
         while self._window[0] is None:
@@ -142,15 +145,22 @@ def too_long(document: str, size: int, seq_len: int) -> str:
 
 
 def check_broken(
-    broken: Counter[str], seen: int, max_share: float, last: Broken | None = None
+    broken: Counter[str],
+    seen: int,
+    max_share: float,
+    last: Broken | None = None,
+    at_least: int = _AT_LEAST,
 ) -> None:
-    """Stops a run whose data are mostly broken.
+    """Stops a run too many of whose data are broken.
+
+    Args:
+        at_least: what `seen` counts as if it is less: a few at the start mean nothing.
 
     Raises:
-        DataError: more than `max_share` of the records seen (counted as 100 at least) are broken.
+        DataError: more than `max_share` of the records seen are broken.
     """
     total = broken.total()
-    if total <= max_share * max(seen, _AT_LEAST):
+    if total <= max_share * max(seen, at_least):
         return
     causes = ", ".join(f"{count} {cause}" for cause, count in broken.most_common(5))
     example = f"; the last: {last.key} {last.detail}".rstrip() if last else ""

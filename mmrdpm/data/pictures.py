@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from mmrdpm.errors import DataError, UsageError
 
+_FORMATS = (  # no PostScript, which runs programs, and nothing that holds many sizes in one
+    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"),
+)
 MAX_PIXELS = 64_000_000  # what one picture may hold once decoded: 64 megapixels, 256 MB as RGBA
 
 
@@ -24,6 +28,13 @@ class PictureError(DataError):
     def __init__(self, where: str, cause: str, more: str = "") -> None:
         super().__init__(f"{where}: {cause}{more}")
         self.cause, self.detail = cause, more.strip(" :")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `_FORMATS` that this Pillow reads."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
@@ -36,7 +47,7 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as picture:
+            with Image.open(source, formats=_formats()) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise PictureError(
                         where,

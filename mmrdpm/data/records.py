@@ -18,6 +18,8 @@ import numpy as np
 
 from mmrdpm.errors import DataError
 
+_EMPTY_EPOCHS = 8  # in a row, until a source counts as empty
+
 Picture = Path | bytes | np.ndarray
 """An image file, its bytes, pixels uint8 `[size, size, 3]`, or latents float `[*grid, C]`."""
 
@@ -122,6 +124,7 @@ class Sharded(Source):
         shards = self.num_shards()
         sharers = -(-lanes // shards)
         first, turn, skip = place or (0, 0, 0)
+        empty_epochs = 0  # of a lane that may have one shard alone, another one in each epoch
         for epoch in count(first):
             empty = True
             for n, position in enumerate(range(lane, shards * sharers, lanes)):
@@ -135,7 +138,8 @@ class Sharded(Source):
                         yield [epoch, n, i + 1], record
                 skip = 0
             turn = 0
-            if empty:
+            empty_epochs = empty_epochs + 1 if empty else 0
+            if empty_epochs == _EMPTY_EPOCHS:
                 raise DataError(f"{self}: the shards hold no records")
 
 

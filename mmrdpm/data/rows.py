@@ -81,6 +81,10 @@ class InOrder:
             room[row] -= size
             self._next_document, self._held = self._next_document + 1, None
 
+    def broken(self) -> Counter[str]:
+        """Nothing in memory is."""
+        return Counter()
+
     def _read(self) -> Draft:
         draft = next(self._documents).draft
         assert isinstance(draft, Draft)
@@ -134,10 +138,13 @@ class Lanes:
 
     def _check_broken(self, last: Skipped) -> None:
         """Over all lanes, as each one alone sees too few records."""
+        seen = sum(state["seen"] for state in self._states.values() if state)
+        check_broken(self.broken(), seen, self.plan.max_broken_share, last.record)
+
+    def broken(self) -> Counter[str]:
+        """How many records this rank has left out since the run began, by source and cause."""
         states = [state for state in self._states.values() if state]
-        broken: Counter[str] = sum((Counter(s["broken"]) for s in states), Counter())
-        seen = sum(state["seen"] for state in states)
-        check_broken(broken, seen, self.plan.max_broken_share, last.record)
+        return sum((Counter(state["broken"]) for state in states), Counter())
 
     def _read(self, workers: int) -> Iterator[_Part]:
         reader = _Reader(self.stream, self.plan, self.grid, self._states, max(1, workers))
@@ -199,7 +206,6 @@ class _Reader(IterableDataset):
             lambda draft: draft.length(self.grid),
             plan.seq_len,
             plan.look_ahead or _LOOK_AHEAD,
-            plan.max_broken_share,
             self.states[number],
         )
 

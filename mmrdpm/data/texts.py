@@ -47,12 +47,25 @@ def read_texts(plan: TextPlan) -> Iterator[str]:
     for name, config in plan.sources.items():
         broken: Counter[str] = Counter()
         records = _once(open_source(name, config), round(plan.records * config.weight))
-        for seen, record in enumerate(records, start=1):
-            if isinstance(record, Broken):
-                broken[f"{name}: {record.cause}"] += 1
-                check_broken(broken, seen, plan.max_broken_share, record)
+        seen, last = 0, None
+        for record in records:
+            seen += 1
+            fault = record if isinstance(record, Broken) else _not_unicode(record)
+            if fault:
+                broken[f"{name}: {fault.cause}"] += 1
+                last = fault
+                check_broken(broken, seen, plan.max_broken_share, last)
             else:
                 yield from _texts_of(record)
+        check_broken(broken, seen, plan.max_broken_share, last, at_least=1)
+
+
+def _not_unicode(record: Record) -> Broken | None:
+    try:
+        "".join(_texts_of(record)).encode()
+    except UnicodeEncodeError as error:
+        return Broken(record.key, "not Unicode text", str(error)[:200])
+    return None
 
 
 def _once(source: Source, limit: int) -> Iterator[Record]:

@@ -8,14 +8,17 @@ belongs, so that any number of ranks can read them, one process alone too.
 
 from __future__ import annotations
 
-import warnings
+import logging
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
+from mmrdpm import distributed
 from mmrdpm.errors import CheckpointError
 
 
@@ -33,9 +36,13 @@ class ShardWriter:
 
         From then on, in the background, the tensors may change. Waiting raises CheckpointError
         where a rank could not write.
+
+        Args:
+            folder: is made; what an earlier attempt has left in it goes.
         """
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save, save
 
+        distributed.first(lambda: shutil.rmtree(folder, ignore_errors=True))
         folder.mkdir(parents=True, exist_ok=True)
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         if self._group is None:
@@ -51,12 +58,21 @@ def load(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fills tensors, whole or sharded in any way, with what was saved under their names.
 
     Raises:
-        CheckpointError: a name is missing, a shape differs, or a file is damaged.
+        CheckpointError: a name or a part is missing, a shape differs, or a file is damaged.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint import load as read
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    work = partial(read, dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    reader = HuggingFaceStorageReader(str(folder))
+
+    def work() -> None:
+        for name, found in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)  # there is nothing else in safetensors
+            if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
+                raise CheckpointError(f"{name} is not whole: files are missing, or too many")
+        read(dict(tensors), storage_reader=reader)
+
     _told(work, folder, "could not be read", "go on from an earlier checkpoint")
 
 
@@ -64,11 +80,15 @@ def _told(work: Callable[[], object], folder: Path, what: str, remedy: str) -> N
     """Does it; what went wrong on any rank becomes one line."""
     from torch.distributed.checkpoint import CheckpointException
 
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it shows stack traces, and says that one process is alone
     try:
-        with warnings.catch_warnings():  # that there is one process alone, that a folder is not new
-            warnings.simplefilter("ignore")
-            work()
-    except CheckpointException as error:
-        rank, (first, _) = min(error.failures.items())
+        work()
+    except (CheckpointException, CheckpointError, SafetensorError, OSError) as error:
+        failures = getattr(error, "failures", {distributed.rank(): (error, None)})
+        rank, (first, _) = min(failures.items())
         reason = " ".join(str(first).split())[:200]
         raise CheckpointError(f"{folder}: {what} (rank {rank}: {reason}): {remedy}") from None
+    finally:
+        logger.setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -178,7 +179,8 @@ class EmojiEvaluation:
     def codebook_use(self, group: Group) -> list[Figure]:
         """How evenly the real pictures use the codes of each step."""
         squares = np.stack([np.asarray(picture) for picture in group.pictures])
-        found = tokenizer.measure_images(self.model.images, squares, self.suite.seed)
+        images = copy.deepcopy(self.model.images).cpu()  # where it is measured
+        found = tokenizer.measure_images(images, squares, self.suite.seed)
         return [self._figure("codes", group, figure) for figure in tokenizer.codebook_use(found)]
 
     def guidance(self, group: Group) -> list[Figure]:
@@ -274,8 +276,13 @@ class EmojiEvaluation:
     ) -> Figure:
         """The figure with its full name, and with the data and the sampling in its protocol."""
         sampling = asdict(replace(self.model.sampling, guidance_scale=self._scale(scale)))
-        sampling |= {"seed": self.suite.seed, "noise": OWN_NOISE}
-        added = sampling if what in ("drawn", "guidance") else {}
+        noise = {"seed": self.suite.seed, "noise": OWN_NOISE}
+        added = {
+            "drawn": {**sampling, **noise},
+            "guidance": {**sampling, **noise},
+            "through codes": noise,
+            "codes": noise,
+        }.get(what, {})
         protocol = {**group.protocol, **added, **figure.protocol}
         return replace(figure, name=f"{what}/{group.name}/{figure.name}", protocol=protocol)
 

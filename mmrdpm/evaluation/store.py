@@ -5,8 +5,8 @@
     OUT/pictures/KEY/*.png  drawn pictures; KEY is a hash of weights, prompts and how they are drawn
     OUT/report.html         all of it to look at
 
-A key covers all that its content follows from, the versions of evaluators included, so nothing old
-is ever taken for new.
+A key covers the model's files, the data, all settings and the versions of evaluators, so that old
+figures are not taken for new ones; of this package's own code it knows `_FORMAT` alone.
 """
 
 from __future__ import annotations

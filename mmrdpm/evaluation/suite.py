@@ -28,7 +28,7 @@ class EmojiSuite:
         metrics: any of `KNOWN`, each over every group where that makes sense.
         groups: keys of `GROUPS`.
         names: at most this many emoji of each group.
-        seed: chooses them; the first picture of each is drawn with it too.
+        seed: chooses them, and the noise of each picture follows from it.
         seeds: pictures per prompt that `diversity` compares.
         guidance_scales, guidance_names: of `guidance`, named in the top 10 against the scale, on
             training concepts.

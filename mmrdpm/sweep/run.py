@@ -112,7 +112,8 @@ def _check_same(known: dict[str, Any], identity: dict[str, Any], path: Path) -> 
         if known.get(key) != value:
             raise CheckpointError(
                 f"{path}: variant {identity['variant']} was measured with {key}={known.get(key)},"
-                f" not {value}: name another folder with --out, or remove its lines"
+                f" not {value} (None: by an earlier version): name another folder with --out, or"
+                " remove its lines"
             )
 
 
@@ -145,7 +146,9 @@ def count_flops(recipe: ModelRecipe) -> tuple[float, int]:
     document in products that torch's counter knows: the same count on every machine.
     """
     machine.prepare(recipe.train.threads)
-    plain = replace(recipe, train=replace(recipe.train, attention="sdpa", precision="fp32"))
+    plain = replace(
+        recipe, train=replace(recipe.train, attention="sdpa", precision="fp32", compile=False)
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(plain, Path(folder))
         model = trainer.transformer.cpu()

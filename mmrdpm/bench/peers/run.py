@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mmrdpm import checkpoint, machine, shipped, weights
+from mmrdpm import checkpoint, machine, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES
 from mmrdpm.bench.peers import measure, report
 from mmrdpm.bench.peers.peers import MAKERS, make, parameters
@@ -58,7 +58,10 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     machine.prepare(recipe.equal.threads)
     checkpoint.begin(out, recipe, resume=(out / checkpoint.RECIPE_FILE).exists())
     sources = {
-        place: (shipped.resolve("tokenizers", named), TOKENIZER_FILES[place])
+        place: (
+            checkpoint.tokenizer(out, place, named, TOKENIZER_FILES[place]),
+            TOKENIZER_FILES[place],
+        )
         for place, named in (
             (IMAGE_TOKENIZER, recipe.tokenizers.image),
             (TEXT_TOKENIZER, recipe.tokenizers.text),
@@ -66,9 +69,10 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     }
     checkpoint.record(out, recipe, sources)
     wanted = [name for name in MAKERS if name in (names or MAKERS)]
-    todo = [name for name in wanted if "curve" not in read(out / name / RESULTS_FILE)]
+    todo = [name for name in wanted if not _is_done(out, name)]
     own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
-    if todo:
+    done = {name for name in MAKERS if name not in todo and _is_done(out, name)}
+    if todo or done - _timed(out):
         say("reading the emoji and their features")
         scene = Scene(replace(recipe, tokenizers=own))
         quality = Quality(scene, recipe.judging)
@@ -85,21 +89,30 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
             write(out / name / RESULTS_FILE, {"peer": name, "not_runnable": reason})
         if not finished:
             break
-    if todo and finished:
+    if finished and {name for name in MAKERS if _is_done(out, name)} - _timed(out):
         say("timing how the peers draw, in turns")
         _time_sampling(recipe, scene, quality, out)
     report.write(out, _results(out))
     return finished
 
 
+def _is_done(out: Path, name: str) -> bool:
+    return "curve" in read(out / name / RESULTS_FILE)
+
+
+def _timed(out: Path) -> set[str]:
+    return {entry["peer"] for entry in read(out / "sampling.json").get("entries", [])}
+
+
 def _time_sampling(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
-    """Writes `sampling.json`, of all peers that are done."""
+    """Writes `sampling.json`, of all peers that are done and whose library is there."""
     peers = {}
     for name in MAKERS:
         latest = checkpoint.newest(out / name / "run")
-        if latest and "curve" in read(out / name / RESULTS_FILE):
-            peers[name] = make(name, recipe, scene, out).to(machine.device()).eval()
-            weights.load_into(peers[name], latest)
+        if latest and _is_done(out, name):
+            with suppress(ModuleNotFoundError):
+                peers[name] = make(name, recipe, scene, out).to(machine.device()).eval()
+                weights.load_into(peers[name], latest)
     captions = [scene.captions[i] for i in quality.chosen]
     entries = measure.sampling(peers, scene, captions, recipe.judging)
     write(out / "sampling.json", {"entries": entries})

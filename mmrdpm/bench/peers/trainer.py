@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,13 +68,13 @@ class Trainer:
         """
         begun = time.perf_counter()
         loss = self.backward(self.step)
-        if loss != loss or abs(loss) == float("inf"):
+        if not (math.isfinite(loss) and math.isfinite(self.optimizers.clip())):
             raise Diverged(
-                f"{self.name}: the loss is {loss} at update {self.step + 1} with the learning rate"
-                f" {self.lr:g}: begin anew in another folder without it in {self.name}.lrs"
+                f"{self.name}: the loss or its gradient is not finite at update {self.step + 1}"
+                f" with the learning rate {self.lr:g}: begin anew in another folder without it in"
+                f" {self.name}.lrs"
             )
         warmup = round(self.recipe.equal.warmup * self.steps)
-        self.optimizers.clip()
         self.optimizers.step(learning_rate(self.lr, self.step, self.steps, warmup))
         self.optimizers.clear()
         self.step += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmrdpm.errors import DataError
@@ -20,7 +22,7 @@ def find(path: str, suffixes: frozenset[str]) -> list[Path]:
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        found = [p for p in place.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
+        found = [p for p in _walk(place) if p.suffix.lower() in suffixes and p.is_file()]
     elif place.is_file():
         found = [place]
     else:
@@ -29,6 +31,22 @@ def find(path: str, suffixes: frozenset[str]) -> list[Path]:
         what = "no file ending in " + ", ".join(sorted(suffixes)) if place.is_dir() else "no file"
         raise DataError(f"{path}: {what} is there: correct the path")
     return sorted(found)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder, links to folders followed once."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}: mend its rights")
+
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(here) / name for name in names)
 
 
 def inside(folder: Path, name: str) -> Path | None:

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from mmrdpm.data.records import Broken, Indexed, Pair, Record, Sharded, Source, Text
+from mmrdpm.data.sources.files import inside
 from mmrdpm.data.sources.folder import captions_of
 from mmrdpm.errors import DataError
 
@@ -16,6 +19,7 @@ _USUAL = {
     "text": ("text", "content"),
     "label": ("label", "cls", "class"),
 }
+_AT_ONCE = 16  # rows of a stream
 _BUILDERS = {
     ".parquet": "parquet",
     ".json": "json",
@@ -97,7 +101,8 @@ def _arrange(datasets: Any, data: Any, path: str, columns: dict[str, str], templ
     if image and isinstance(features.get(image), datasets.Image):
         data = data.cast_column(image, datasets.Image(decode=False))
     kept = [chosen[role] for role in (needed, "image") if role in chosen]
-    reader = _Reader(path, chosen, needed, features.get(chosen[needed]), template)
+    caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)]
+    reader = _Reader(path, chosen, needed, features.get(chosen[needed]), template, caches)
     data = data.select_columns(kept)
     if isinstance(data, datasets.IterableDataset):
         return Stream(data, reader)
@@ -108,11 +113,20 @@ class _Reader:
     """Rows to records."""
 
     def __init__(
-        self, path: str, columns: dict[str, str], needed: str, feature: Any, template: str
+        self,
+        path: str,
+        columns: dict[str, str],
+        needed: str,
+        feature: Any,
+        template: str,
+        caches: list[Path],
     ) -> None:
         self.path, self.columns, self.needed = path, columns, needed
         self.template = template
         self.label_names = getattr(feature, "names", None)
+        place = Path(path).expanduser()
+        self.folders = [place if place.is_dir() else place.parent] if place.exists() else []
+        self.folders += caches
 
     def record(self, index: object, row: Mapping[str, Any]) -> Record:
         key, value = f"{self.path}#{index}", row[self.columns[self.needed]]
@@ -120,18 +134,30 @@ class _Reader:
             return Text(key, value) if isinstance(value, str) else Broken(key, "no text")
         image = row[self.columns["image"]]
         if isinstance(image, Mapping):
-            image = image.get("bytes") or (image.get("path") and Path(image["path"]))
+            image = image.get("bytes") or self._file(image.get("path"))
         if not isinstance(image, (bytes, Path)):
             return Broken(key, "no image", f"column {self.columns['image']} holds no image")
         if self.needed == "label":
-            return Pair(key, image, (self.template.format(label=self._label(value)),))
+            label = self._label(value)
+            if label is None:
+                return Broken(key, "no label", f"{value!r:.40}")
+            return Pair(key, image, (self.template.format(label=label),))
         captions = captions_of(value)
         return Pair(key, image, captions) if captions else Broken(key, "no caption")
 
-    def _label(self, value: Any) -> str:
-        names = self.label_names or ()
-        known = isinstance(value, int) and 0 <= value < len(names)
-        return str(names[value] if known else value).replace("_", " ")
+    def _file(self, path: Any) -> Path | None:
+        """A file that a row names: of the data set itself, or of the library's cache."""
+        if not isinstance(path, str):
+            return None
+        found = (inside(folder, path) for folder in self.folders)
+        return next((file for file in found if file and file.is_file()), None)
+
+    def _label(self, value: Any) -> str | None:
+        names = self.label_names
+        if names is not None:
+            known = isinstance(value, int) and 0 <= value < len(names)
+            value = names[value] if known else None
+        return None if value is None else str(value).replace("_", " ")
 
 
 class Table(Indexed):
@@ -152,6 +178,13 @@ class Table(Indexed):
         return f"{self.reader.path}, {len(self)} rows"
 
 
+def _rows(part: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, all of them: its own iterator would share them out over workers."""
+    for batch in part.iter(batch_size=_AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
 class Stream(Sharded):
     """A streaming data set, read shard by shard."""
 
@@ -164,7 +197,7 @@ class Stream(Sharded):
     def shard(self, index: int) -> Iterator[Record]:
         part = self.data.shard(num_shards=self.num_shards(), index=index)
         try:
-            for i, row in enumerate(part):
+            for i, row in enumerate(_rows(part)):
                 yield self.reader.record(f"{index}/{i}", row)
         except DataError:
             raise

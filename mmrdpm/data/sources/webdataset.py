@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mmrdpm.data.lines import MAX_BYTES
 from mmrdpm.data.records import Broken, Pair, Record, Sharded
@@ -17,6 +17,12 @@ from mmrdpm.data.sources.folder import captions_of
 from mmrdpm.errors import DataError
 
 _Members = dict[str, bytes]
+
+_LONGEST_NAME = 2**20  # bytes of a header that holds a name or attributes
+_NAMES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 
 
 class Shards(Sharded):
@@ -45,7 +51,11 @@ class Shards(Sharded):
         self._open = gopen
         self.image, self.caption = image, caption or "txt"
         self.label, self.template = label or "cls", template
-        self.urls = [url for part in expand_urls(urls) for url in _expand(part.strip()) if url]
+        try:
+            ranges = expand_urls(urls)
+        except ValueError as error:
+            raise DataError(f"{urls!r}: {error}: write ranges as in {{000..123}}") from None
+        self.urls = [url for part in ranges for url in _expand(part.strip()) if url]
         if not self.urls:
             raise DataError(f"{urls!r}: names no shards: correct the path")
 
@@ -59,10 +69,12 @@ class Shards(Sharded):
             stream = self._open(url)
         except OSError as error:
             raise _unreachable(url, error) from None
+        except ValueError as error:  # a kind of address that the library does not know
+            raise DataError(f"{url}: {error}: use pipe:COMMAND to read it") from None
         try:
             try:
                 yield from self._records(url, stream)
-            except tarfile.TarError as damage:
+            except (tarfile.TarError, EOFError, ValueError, TypeError) as damage:
                 _drain(stream)
                 yield Broken(url, "damaged shard", f"{damage}; its later records are left out")
         except OSError as error:
@@ -74,8 +86,9 @@ class Shards(Sharded):
     def _records(self, url: str, stream: IO[bytes]) -> Iterator[Record]:
         name, members = "", _Members()
         faults: list[Broken] = []
-        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
             for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
                 if not member.isfile() or Path(member.name).name.startswith("."):
                     continue
                 base, _, suffix = member.name.rpartition("/")[2].partition(".")
@@ -84,13 +97,16 @@ class Shards(Sharded):
                     if members or faults:
                         yield faults[0] if faults else self._record(url, name, members)
                     name, members, faults = base, _Members(), []
+                if not self._wanted(suffix):
+                    continue
                 if member.size > MAX_BYTES:
                     detail = f".{suffix} has {member.size} bytes"
                     faults.append(Broken(f"{url}#{base}", "archive member too large", detail))
-                elif self._wanted(suffix) and (content := archive.extractfile(member)):
+                elif content := archive.extractfile(member):
                     members[suffix.lower()] = content.read()
             if members or faults:
                 yield faults[0] if faults else self._record(url, name, members)
+            _check_end(archive)
 
     def _wanted(self, suffix: str) -> bool:
         suffix = suffix.lower()
@@ -136,6 +152,30 @@ def _expand(url: str) -> list[str]:
     if url.startswith("pipe:") or "://" in url:
         return [url]
     return [str(path) for path in find(url, frozenset({".tar", ".tgz", ".gz"}))]
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, at which a damaged archive does not pass for one that ends."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Header:
+        """Raises ReadError where the archive ends without a mark, is damaged, or asks for much."""
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error) or "it ends without its end mark") from None
+        if header.size > _LONGEST_NAME and header.type in _NAMES:
+            raise tarfile.ReadError(f"a name of {header.size} bytes")
+        return header
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raises ReadError where something follows the mark that ends an archive."""
+    while block := archive.fileobj.read(1 << 16):  # type: ignore[union-attr]
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("more follows behind its end mark")
 
 
 def _drain(stream: IO[bytes]) -> None:
