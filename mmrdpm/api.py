@@ -200,12 +200,12 @@ class Model:
             raise UsageError("the text to complete is empty: give at least one character")
         if max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1")
-        ids = (self.vocabulary.bos, *self.texts.encode(text))
-        if len(ids) >= self.context:
-            raise UsageError(_too_long("the text", len(ids), self.context - 1))
-        return text + self._continue(
-            [TextSegment(ids)], max_tokens, Choice(temperature), check_seed(seed)
-        )
+        read = self.texts.encode(text)
+        segment = TextSegment((self.vocabulary.bos, *read))
+        if len(segment.token_ids) >= self.context:
+            raise UsageError(_too_long("the text", len(segment.token_ids), self.context - 1))
+        how = Choice(temperature)
+        return text + self._continue([segment], max_tokens, how, check_seed(seed), read)
 
     def score(self, image: Image.Image, text: str) -> float:
         """`log p(text | image)` in nats, exact, with the end of the text; at most 0.
@@ -229,12 +229,18 @@ class Model:
         return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
 
     def _continue(
-        self, document: Document, max_tokens: int, choice: Choice | None = None, seed: int = 0
+        self,
+        document: Document,
+        max_tokens: int,
+        choice: Choice | None = None,
+        seed: int = 0,
+        read: Sequence[int] = (),
     ) -> str:
+        """What follows; of the text ids `read` right before, as a space may hang on both."""
         room = max(0, min(max_tokens, self.context - length(document)))
         packed = self._pack(document)
         ids = sample_text(self.transformer, self.vocabulary, packed, room, seed, choice)
-        return self.texts.decode(ids)
+        return self.texts.decode([*read, *ids])[len(self.texts.decode(read)) :]
 
     def _looked_at(self, image: Image.Image) -> tuple[TextSegment, ImageSegment, TextSegment]:
         """What comes before a caption: the picture as its codes give it, from noise of seed 0."""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,19 @@ def test_a_text_is_continued_and_seeds_matter(model):
     warm = {model.complete("A", max_tokens=8, temperature=1.0, seed=s) for s in range(4)}
     assert len(warm) > 1
     assert model.complete("A", 8, 1.0, seed=2) == model.complete("A", 8, 1.0, seed=2)
+
+
+def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
+    class Stripping:
+        """Decodes as Llama's tokeniser does: without a space at the beginning."""
+
+        size, encode = model.texts.size, staticmethod(model.texts.encode)
+
+        def decode(self, ids):
+            return model.texts.decode(ids).removeprefix(" ")
+
+    monkeypatch.setattr(mmrdpm.api, "sample_text", lambda *_: model.texts.encode(" world"))
+    assert replace(model, texts=Stripping()).complete("Hello") == "Hello world"
 
 
 @pytest.mark.parametrize(

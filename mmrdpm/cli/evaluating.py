@@ -24,11 +24,17 @@ def add(commands: Commands) -> None:
         "mmrdpm eval [RUN|MODEL] [--suite FILE|NAME] [--out DIR] [--threads N] [key=value ...]\n"
         "       mmrdpm eval compare A B"
     )
-    p.add_argument("model", nargs="?", default=api.DEFAULT_MODEL, metavar="RUN|MODEL")
+    p.add_argument(
+        "model",
+        nargs="?",
+        default=api.DEFAULT_MODEL,
+        metavar="RUN|MODEL",
+        help=f"folder of a run, or name of a shipped model; default: {api.DEFAULT_MODEL}",
+    )
     p.add_argument("overrides", nargs="*", metavar="key=value", help="of the suite")
     p.add_argument("--suite", default="emoji", help="file, or name of a shipped suite")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/eval/SUITE")
-    p.add_argument("--threads", type=count, default=2)
+    p.add_argument("--threads", type=count, default=2, help="of the CPU; default: 2")
 
 
 def eval_command(options: argparse.Namespace) -> int:

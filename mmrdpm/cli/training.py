@@ -51,17 +51,20 @@ def add(commands: Commands) -> None:
     of = group(commands, "tokenizer", "Tokenisers of images and texts.")
     run_options(command(of, tokenizer_train, "train"))
     p = command(of, tokenizer_eval, "eval")
-    p.add_argument("tokenizer", nargs="?", default="emoji-rdpm-32", metavar="NAME|DIR")
+    shipped_one = "a shipped one or a folder; default: emoji-rdpm-32"
+    p.add_argument(
+        "tokenizer", nargs="?", default="emoji-rdpm-32", metavar="NAME|DIR", help=shipped_one
+    )
     p.add_argument("--images", type=Path, metavar="DIR", help="default: the embedded pictures")
     p.add_argument("--count", type=count, default=256, help="of those images, at most")
     p = command(of, tokenizer_show, "show")
-    p.add_argument("photo", metavar="PHOTO")
-    p.add_argument("--tokenizer", default="emoji-rdpm-32", metavar="NAME|DIR")
+    p.add_argument("photo", metavar="PHOTO", help="any picture")
+    p.add_argument("--tokenizer", default="emoji-rdpm-32", metavar="NAME|DIR", help=shipped_one)
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--out", type=Path, metavar="FILE.png")
+    p.add_argument("--out", type=Path, metavar="FILE.png", help="default: PHOTO's name-states.png, here")
     p = command(commands, export_command, "export")
-    p.add_argument("run", type=Path, metavar="RUN")
-    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    p.add_argument("folder", type=Path, metavar="DIR", help="to make")
     p.add_argument("overrides", nargs="*", metavar="sampling.key=value")
 
 

@@ -25,12 +25,18 @@ def add(commands: Commands) -> None:
     model_option(p)
     p.add_argument("--n", type=count, default=1, help="pictures per prompt")
     p.add_argument("--seed", type=int, default=0, help="of a prompt's first picture")
-    p.add_argument("--guidance", dest="guidance_scale", type=float, help="1 is off")
-    p.add_argument("--temperature", type=float)
-    p.add_argument("--top-k", type=int)
-    p.add_argument("--top-p", type=float)
+    own = "; the model's own where it is left out"
+    p.add_argument(
+        "--guidance",
+        dest="guidance_scale",
+        type=float,
+        help=f"how strongly the words count, 1 is off{own}",
+    )
+    p.add_argument("--temperature", type=float, help=f"0 takes the likeliest codes{own}")
+    p.add_argument("--top-k", type=int, help=f"draw among the k likeliest codes{own}")
+    p.add_argument("--top-p", type=float, help=f"draw among the likeliest of this share{own}")
     p.add_argument("--trace", action="store_true", help="save every step, as a strip and a GIF")
-    p.add_argument("--out", type=Path, default=Path(), metavar="DIR|FILE.png")
+    p.add_argument("--out", type=Path, default=Path(), metavar="DIR|FILE.png", help="default: here")
 
     p = command(commands, caption, "caption")
     p.add_argument("images", nargs="+", metavar="IMAGE")
@@ -40,9 +46,9 @@ def add(commands: Commands) -> None:
     p = command(commands, complete, "complete")
     p.add_argument("text", metavar="TEXT")
     model_option(p)
-    p.add_argument("--max-tokens", type=count, default=64)
+    p.add_argument("--max-tokens", type=count, default=64, help="at most so many more")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of what is drawn at other temperatures")
 
 
 def generate(options: argparse.Namespace) -> None:
