@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
     p.add_argument("photo", metavar="PHOTO", help="any picture")
     p.add_argument("--tokenizer", default="emoji-rdpm-32", metavar="NAME|DIR", help=shipped_one)
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--out", type=Path, metavar="FILE.png", help="default: PHOTO's name-states.png, here")
+    p.add_argument("--out", type=Path, metavar="FILE.png", help="default: PHOTO-states.png, here")
     p = command(commands, export_command, "export")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     p.add_argument("folder", type=Path, metavar="DIR", help="to make")
