@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -45,22 +45,12 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, done: int) -> None:
-        self._path = path
-        self.rewind(done)
+        self._path, self._file = path, _kept(path, done)
 
     def rewind(self, done: int) -> None:
         """Drops the records of the steps after `done`."""
-        path, kept = self._path, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= done:
-                    kept.append(line + "\n")
-            except ValueError:
-                break
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file.close()
+        self._file = _kept(self._path, done)
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
@@ -74,6 +64,21 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _kept(path: Path, done: int) -> IO[str]:
+    """The file, open for more, with the records up to step `done`."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+    return open(path, "a", encoding="utf-8")
 
 
 class TensorBoard:

@@ -1,5 +1,8 @@
 """A model small enough to train inside a test: 2x2 positions, 3 timesteps, 16 codes."""
 
+import os
+import subprocess
+import tempfile
 from typing import ClassVar
 
 import pytest
@@ -12,6 +15,40 @@ from mmrdpm.evaluation import drawn
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import ModelRecipe, train
+
+
+def pytest_configure(config):
+    """What is cached goes into a folder of this session's own, not into the user's home."""
+    home = tempfile.TemporaryDirectory(prefix="mmrdpm-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(home.cleanup)
+    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"] = home.name
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in two processes
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Whatever ran before, and whatever is set here."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_orphans(monkeypatch):
+    """Processes that a failed test has left would slow all that follow."""
+    started = []
+
+    class Remembered(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Remembered)
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -136,7 +136,7 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path, tiny_run):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     text_tokenizer.train_bpe(["some text"], 270).save(run / "tokenizers" / "text")
-    with pytest.raises(CheckpointError, match=r"328|320 text ids"):
+    with pytest.raises(CheckpointError, match="320 text ids"):
         mmrdpm.load(run)
     shutil.copytree(
         tiny_run / "tokenizers" / "text", run / "tokenizers" / "text", dirs_exist_ok=True

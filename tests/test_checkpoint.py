@@ -33,7 +33,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     weights.save({"w": torch.ones(2)}, path)
 
-    def full(*_):
+    def full(_, partial, *__):
+        Path(partial).write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weights, "save_file", full)

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ from PIL import Image
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.data.documents import Draft, Drafter, ImageDraft
 from mmrdpm.data.loader import Loader
-from mmrdpm.data.mixture import Item
+from mmrdpm.data.mixture import Item, Mixture
 from mmrdpm.data.packing import Lane, check_broken
 from mmrdpm.data.pictures import MAX_PIXELS
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import Broken, Interleaved, Pair, Text
+from mmrdpm.data.records import Broken, Indexed, Interleaved, Pair, Text
 from mmrdpm.errors import DataError, RecipeError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.vocabulary import Vocabulary
@@ -299,3 +299,27 @@ def test_a_few_broken_records_at_the_start_stop_nothing():
 def test_image_drafts_know_their_length():
     latents = ImageDraft(np.zeros((2, 6, 4), np.float16), 0, (3, 1), clean=True)
     assert latents.length((2, 2)) == 3 * 12
+
+
+class Numbers(Indexed):
+    """Nine texts."""
+
+    def __len__(self):
+        return 9
+
+    def record(self, index):
+        return Text(str(index), "text")
+
+    def fingerprint(self):
+        return "nine"
+
+
+class Alike:
+    def drafts(self, record, random):
+        return [Draft(((1,),))]
+
+
+def test_a_mixture_keeps_its_weights():
+    mixture = Mixture({"a": Numbers(), "b": Numbers()}, {"a": 0.8, "b": 0.2}, 0, Alike())
+    found = Counter(item.source for item in islice(mixture.documents(0, 1, None), 2000))
+    assert found["a"] / 2000 == pytest.approx(0.8, abs=0.03)

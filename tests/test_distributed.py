@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from mmrdpm import checkpoint, distributed, recipe, weights
-from mmrdpm.engine import shards
-from mmrdpm.errors import CheckpointError
+from mmrdpm.engine import parallel, shards
+from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.train_model import ModelRecipe, train
 
 SEQUENCE = "loss/"  # the figures that must agree
@@ -86,7 +86,34 @@ def remove_after(run, step):
             path.unlink()
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_modes_that_ranks_and_memory_call_for(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "node_size", lambda: 2)
+    with pytest.raises(RecipeError, match="3 ranks are no multiple of the 2"):
+        parallel.resolve("hybrid", 10, torch.device("cpu"))
+    assert parallel.resolve("auto", 10**12, torch.device("cpu")) == "ddp"
+    monkeypatch.setattr(distributed, "gather_objects", lambda memory: [memory, 9e9, memory])
+    card = type("Card", (), {"total_memory": 80e9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    found = [parallel.resolve("auto", n, torch.device("cuda")) for n in (10**8, 2 * 10**8)]
+    assert found == ["ddp", "fsdp"]  # 16 bytes each, in a third of the smallest card
+
+
+def test_the_watchdog_says_what_was_done_last(monkeypatch):
+    code = "import time; from mmrdpm.distributed import Watchdog; d = Watchdog(1.0);"
+    code += "d.doing('the thing'); time.sleep(60)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 1
+    assert "rank 1: nothing was done for 1 s, the last thing begun was the thing" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hybrid"])
 def test_two_ranks_train_as_one_and_go_on_as_one(mode, shared_recipe, alone, tmp_path):
     run = tmp_path / "run"
     options = [f"train.parallel={mode}", "train.micro_batch_size=1", "train.recompute=true"]

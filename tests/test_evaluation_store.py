@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mmrdpm.api import Model
 from mmrdpm.cli import main
 from mmrdpm.data.emoji import concept_of, load_emoji
-from mmrdpm.evaluation import drawn, emoji, likelihood
+from mmrdpm.evaluation import drawn, emoji, likelihood, store
 from mmrdpm.evaluation.store import Store, picture_seeds
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
@@ -91,3 +93,44 @@ def test_guidance_scales_that_cannot_be_drawn_are_refused(scales, evaluate, tiny
     assert evaluate(tiny_run, f"guidance_scales={scales}") == 1
     assert "name at least one, each at least 0" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_figures_of_a_perfect_model_and_of_one_that_knows_no_skin_tones(
+    evaluate, tiny_run, monkeypatch
+):
+    data = load_emoji(16)
+    shown = {
+        name: Image.fromarray(picture)
+        for name, picture in zip(data.names, data.images, strict=True)
+    }
+    names = {shown[name].tobytes(): name for name in data.names}
+    monkeypatch.setattr(
+        Model, "generate", lambda _, prompts, *__, **___: [shown[p] for p in prompts]
+    )
+    wanted = ("groups=[held-out skin tones]", "metrics=[named, tone, caption_exact]", "names=20")
+    found = {}
+    for kind, said in (("perfect", str), ("toneless", concept_of)):
+        monkeypatch.setattr(
+            Model,
+            "caption",
+            lambda _, pictures, said=said: [said(names[p.tobytes()]) for p in pictures],
+        )
+        monkeypatch.setattr(store, "_FORMAT", kind)  # nothing is kept for the other
+        assert evaluate(tiny_run, *wanted) == 0
+        figures = json.loads(Path("out/results.json").read_text())["figures"]
+        found[kind] = {f["name"].split("/")[-1]: f["value"] for f in figures}
+    assert (
+        found["perfect"]["caption is the name"]
+        == found["perfect"]["caption names the concept"]
+        == 1
+    )
+    assert found["toneless"]["caption is the name"] == 0
+    assert found["toneless"]["caption names the concept"] == 1
+    assert found["perfect"]["named skin tone is the nearest"] > 0.9
+
+
+def test_the_right_one_is_the_likeliest_in_its_row_or_column(monkeypatch):
+    scores = torch.tensor([[2.0, 1.0], [3.0, 4.0]])  # pictures by texts
+    monkeypatch.setattr(likelihood, "score_matrix", lambda *_: scores)
+    found = likelihood.retrieval(None, [Image.new("RGB", (4, 4))] * 2, ["a", "b"])
+    assert {f.name: f.value for f in found} == {"image to text": 1.0, "text to image": 0.5}

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import mmrdpm
+from mmrdpm import shipped
 
 PACKAGE = Path(mmrdpm.__file__).parent
 
@@ -67,5 +68,5 @@ def test_only_one_module_knows_each_tokeniser_library():
 
 
 def test_the_shipped_folders_hold_no_python():
-    for folder in ("tokenizers", "recipes", "eval", "models"):
-        assert not list((PACKAGE.parent / folder).rglob("*.py"))
+    for kind in ("tokenizers", "recipes", "eval", "models"):
+        assert shipped.folder(kind).is_dir() and not list(shipped.folder(kind).rglob("*.py"))

@@ -1,5 +1,6 @@
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,23 @@ def test_captions_follow_clean_images_and_are_their_names(make):
     tokens = ids[start + 1 : -1]
     assert any(tuple(tokens) == loader.stream.captions[i] for i in data.indices("train"))
     assert latents_of(loader.image_tokenizer, data).shape == (len(data.names), 2, 2, 4)
+
+
+def test_every_picture_goes_with_one_of_its_own_names(make):
+    loader = make(caption_dropout=0.0)
+    latents, captions, v = loader.stream.latents, loader.stream.captions, loader.vocabulary
+    seen = set()
+    for draft in (loader.stream.draft(i) for i in range(60)):
+        if draft.images:
+            (image,) = draft.images
+            places = [k for k in range(len(latents)) if np.array_equal(latents[k], image.image)]
+            words = draft.parts[-1][1:-1] if image.clean else draft.parts[0][1:-1]
+            assert words in [captions[k] for k in places]
+            marks = (v.image_end, v.eos) if image.clean else (v.bos, v.image_start)
+            text = draft.parts[-1] if image.clean else draft.parts[0]
+            assert (text[0], text[-1]) == marks
+            seen.add(image.clean)
+    assert seen == {True, False}
 
 
 def test_shares_and_dropout_are_kept(make):

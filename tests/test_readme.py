@@ -45,5 +45,6 @@ def test_every_file_and_picture_that_is_named_exists():
 
 def test_the_two_commands_are_in_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^    make (\w+)", README, re.M):
-        assert f"\n{target}:" in makefile
+    targets = re.findall(r"^    make (\w+)", README, re.M)
+    assert set(targets) == {"quickstart", "test"}
+    assert all(f"\n{target}:" in makefile for target in targets)

@@ -50,6 +50,28 @@ def test_greedy_drawing_equals_a_whole_forward_pass_at_every_step():
         torch.testing.assert_close(states[timestep - 1], states[timestep] + step)
 
 
+def test_guidance_mixes_the_scores_with_and_without_the_caption():
+    model, tokenizer = make_models()
+    v, caption = VOCABULARY, (3, 4, 5)
+    states = draw(caption, 7, temperature=0.0, guidance_scale=3.0)
+    mattered = False
+    for timestep in (3, 2, 1):
+        image = ImageSegment(torch.zeros(3, 2, 2, dtype=torch.int64), states, (timestep,))
+
+        def scores(words, image=image):
+            row = pack(
+                [[[TextSegment((v.bos, *words, v.image_start)), image]]], len(words) + 6, v, 4
+            )
+            return model.logits(model(row))[0, -4:, v.code_offset :]
+
+        cond, uncond = scores(caption), scores(())
+        codes = (uncond + 3 * (cond - uncond)).argmax(-1)
+        mattered |= not torch.equal(codes, cond.argmax(-1))
+        step = tokenizer.codebook.lookup(codes.view(2, 2), timestep)
+        torch.testing.assert_close(states[timestep - 1], states[timestep] + step)
+    assert mattered
+
+
 def test_drawing_with_history_equals_a_forward_pass_over_all_steps():
     model, tokenizer = make_models(history=True)
     v, caption = VOCABULARY, (3, 4, 5)

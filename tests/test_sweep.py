@@ -2,10 +2,8 @@
 
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from mmrdpm.sweep import information, spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import results_table
 from mmrdpm.sweep.run import count_flops, run_sweep
-from mmrdpm.train_model import ModelRecipe
+from mmrdpm.train_model import ModelRecipe, Trainer
 
 FOLDERS = [shipped.folder("recipes") / name for name in ("ablations", "scaling")]
 SWEEPS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
@@ -108,20 +106,30 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
         run_sweep(spec.load(path), out, None, silent)
 
 
-def test_a_stopped_sweep_goes_on(tiny_sweep, tmp_path):
-    """Real process, stopped by a signal inside a run: 130, and the run is kept."""
-    path, out = tiny_sweep(tflops=10.0), tmp_path / "out"
-    command = [sys.executable, "-m", "mmrdpm", "sweep", str(path), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run, end = out / "runs" / "base-seed0", time.monotonic() + 120
-    while not list(run.glob("step-*.safetensors")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, messages = process.communicate(timeout=120)
-    assert (process.returncode, printed) == (130, "")
-    assert messages.splitlines()[-1] == "stopped; the same command goes on"
-    assert list(run.glob("step-*.safetensors")) and not (out / "results.jsonl").exists()
+def test_a_stopped_sweep_goes_on(pixel_features, tiny_sweep, tmp_path, monkeypatch, capsys):
+    """By a signal inside a run: 130, and the run goes on where it was."""
+    path, out = tiny_sweep(tflops=1e-3), tmp_path / "out"
+    command = ["sweep", str(path), "--out", str(out), "--only", "base"]
+    update = Trainer.update
+
+    def interrupted(self):
+        good = update(self)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return good
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", interrupted)
+        assert main(command) == 130
+    printed, messages = capsys.readouterr()
+    assert printed == "" and messages.splitlines()[-1] == "stopped; the same command goes on"
+    run = out / "runs" / "base-seed0"
+    assert list(run.glob("step-0000005.safetensors")) and not (out / "results.jsonl").exists()
+    assert main(command) == 0
+    (line,) = Records(out / "results.jsonl").all()
+    steps = [json.loads(text)["step"] for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert line["steps"] > 5 and steps == sorted(set(steps)) and steps[-1] == line["steps"]
+    assert line["seconds"] is None  # it was stopped in between
 
 
 def test_flops_are_those_of_the_products(tiny_recipe):

@@ -179,6 +179,30 @@ def test_bad_updates_are_skipped_then_undone_then_given_up(tiny_recipe, tmp_path
         trainer.roll_back(tmp_path / "run")
 
 
+def test_a_run_that_goes_back_ends_and_logs_every_step_once(tiny_recipe, tmp_path, monkeypatch):
+    path = changed(
+        tiny_recipe,
+        tmp_path,
+        train={"guard": {"patience": 2, "rollbacks": 2}},
+        checkpoint={"every": 4, "log_every": 1},
+    )
+    update, spoiled = Trainer.update, []
+
+    def spoil(self):
+        if self.step == 6 and not spoiled:
+            spoiled.append(True)
+            self.transformer.table.weight.data.fill_(torch.nan)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "update", spoil)
+    assert train(recipe.load(ModelRecipe, path), tmp_path / "run") and spoiled
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert (records[3]["rollbacks"], records[-1]["rollbacks"]) == (0, 1)
+    assert records[-1]["skipped_updates"] == 2
+
+
 def test_the_guard_knows_a_spike_from_a_bump():
     guard = Guard(GuardConfig(spike=10.0, patience=2))
     assert all(guard.accepts(1.0 + 0.1 * (i % 3)) for i in range(60))
