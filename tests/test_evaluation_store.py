@@ -133,4 +133,7 @@ def test_the_right_one_is_the_likeliest_in_its_row_or_column(monkeypatch):
     scores = torch.tensor([[2.0, 1.0], [3.0, 4.0]])  # pictures by texts
     monkeypatch.setattr(likelihood, "score_matrix", lambda *_: scores)
     found = likelihood.retrieval(None, [Image.new("RGB", (4, 4))] * 2, ["a", "b"])
-    assert {f.name: f.value for f in found} == {"image to text": 1.0, "text to image": 0.5}
+    assert {f.name: f.value for f in found} == {
+        "image to text, top 1": 1.0,
+        "text to image, top 1": 0.5,
+    }

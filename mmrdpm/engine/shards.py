@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,9 @@ def load(tensors: Mapping[str, Tensor], folder: Path) -> None:
             assert isinstance(found, TensorStorageMetadata)  # there is nothing else in safetensors
             if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
                 raise CheckpointError(f"{name} is not whole: files are missing, or too many")
-        read(dict(tensors), storage_reader=reader)
+        with warnings.catch_warnings():  # that a process without others is alone
+            warnings.simplefilter("ignore")
+            read(dict(tensors), storage_reader=reader)
 
     _told(work, folder, "could not be read", "go on from an earlier checkpoint")
 
@@ -82,7 +85,7 @@ def _told(work: Callable[[], object], folder: Path, what: str, remedy: str) -> N
 
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it shows stack traces, and says that one process is alone
+    logger.setLevel(logging.CRITICAL)  # it shows stack traces
     try:
         work()
     except (CheckpointException, CheckpointError, SafetensorError, OSError) as error:
