@@ -134,20 +134,25 @@ def test_an_image_is_the_same_to_the_bit_in_every_company_and_place(threads, gui
 def test_images_are_grouped_by_padded_length_and_only_where_bits_agree(monkeypatch):
     model, tokenizer = make_models()
     sampler = Sampler(model, tokenizer, VOCABULARY, Guided())
-    requests = [Request((1,) * (20 if i % 2 else 2), i) for i in range(40)]
+    lengths = [2] * 83 + [20] * 18
+    requests = [Request((1,) * length, i) for i, length in enumerate(lengths)]
+    monkeypatch.setattr(Sampler, "bits_are_the_same", lambda *_: True)
     groups = sampler.groups(requests)
-    assert sorted(i for group in groups for i in group) == list(range(40))
-    assert [len(group) for group in groups] == [16, 16] + [1] * 8
-    assert all(len({i % 2 for i in group}) == 1 for group in groups)
-    monkeypatch.setattr(Sampler, "bits_are_the_same_alone", lambda *_: False)
-    assert sampler.groups(requests) == [[i] for i in range(40)]
+    assert [i for group in groups for i in group] == list(range(101))
+    assert [len(group) for group in groups] == [64, 16, 1, 1, 1, 16, 1, 1]
+    monkeypatch.setattr(Sampler, "bits_are_the_same", lambda _, group, size: len(group) == 16)
+    sizes = [len(group) for group in sampler.groups(requests)]
+    assert sizes == [16] * 5 + [1, 1, 1, 16, 1, 1]
+    # a large group counts for nothing where the small one that it was compared with does not
+    monkeypatch.setattr(Sampler, "bits_are_the_same", lambda _, group, size: len(group) == 64)
+    assert sampler.groups(requests) == [[i] for i in range(101)]
 
 
 def test_bits_that_depend_on_the_company_are_noticed(monkeypatch):
     model, tokenizer = make_models()
     sampler = Sampler(model, tokenizer, VOCABULARY, Guided())
     group = [Request((1, 2), seed) for seed in range(3)]
-    assert sampler.bits_are_the_same_alone(group)
+    assert sampler.bits_are_the_same(group)
     honest = model.logits
 
     def rounded_by_shape(hidden, ids):
@@ -156,7 +161,7 @@ def test_bits_that_depend_on_the_company_are_noticed(monkeypatch):
         return logits
 
     monkeypatch.setattr(model, "logits", rounded_by_shape)
-    assert not sampler.bits_are_the_same_alone(group)
+    assert not sampler.bits_are_the_same(group)
 
 
 def test_ids_that_top_k_drops_are_never_drawn():

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from mmrdpm.sampling.choose import Choice, choose
 from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
-_GROUP = {"cpu": 64, "cuda": 2048}  # image positions in a group, about, by device
+_GROUPS = {"cpu": (64, 256), "cuda": (2048,)}  # image positions in a group, about, by device
 _PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
 
 
@@ -118,36 +118,47 @@ class Sampler:
     def groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests, a group a list; one that is not full repeats its last request."""
         device = self.model.table.weight.device.type
-        size = max(1, _GROUP[device] // math.prod(self.tokenizer.grid))
+        positions = math.prod(self.tokenizer.grid)
+        sizes = sorted({max(1, group // positions) for group in _GROUPS[device]})
         alike: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(_padded_length(request), []).append(i)
-        full = [a[i : i + size] for a in alike.values() for i in range(0, len(a), size)]
         if device != "cpu":
-            return [group + group[-1:] * (size - len(group)) for group in full]
-        bulk = [group for group in full if len(group) == size > 1]
-        of_length = {_padded_length(requests[group[0]]): group for group in bulk}
-        if not all(
-            self.bits_are_the_same_alone([requests[i] for i in group])
-            for group in of_length.values()
-        ):
-            bulk = []
-        done = {i for group in bulk for i in group}
-        return bulk + [[i] for i in range(len(requests)) if i not in done]
+            full = [part for waiting in alike.values() for part in _cut(waiting, sizes[-1])]
+            return [group + group[-1:] * (sizes[-1] - len(group)) for group in full]
+        found: list[list[int]] = []
+        for waiting in alike.values():
+            for size in reversed(self._trusted(sizes, [requests[i] for i in waiting])):
+                whole = len(waiting) // size * size
+                found += _cut(waiting[:whole], size)
+                waiting = waiting[whole:]
+            found += _cut(waiting, 1)
+        return found
+
+    def _trusted(self, sizes: Sequence[int], alike: Sequence[Request]) -> list[int]:
+        """The sizes of groups, rising, that give every image the bits that it has alone."""
+        trusted, below = list[int](), 1
+        for size in sizes:
+            if size > 1:
+                group = alike[:size]
+                if len(group) < size or not self.bits_are_the_same(group, below):
+                    break
+                trusted.append(size)
+                below = size
+        return trusted
 
     @torch.no_grad()
-    def bits_are_the_same_alone(self, group: Sequence[Request]) -> bool:
-        """Whether the first step of a group is, bit by bit, what its images give one by one.
+    def bits_are_the_same(self, group: Sequence[Request], size: int = 1) -> bool:
+        """Whether the first step of a group is, bit by bit, what its parts of `size` images give.
 
         The order of a sum does not depend on what is summed, so one step speaks for all.
         """
-        parts = [group, *([request] for request in group)]
         steps = self.tokenizer.num_timesteps
-        together, *alone = (
+        together, *apart = (
             self._code_logits(self._read(part), self._start(part), self._start(part), steps)
-            for part in parts
+            for part in (group, *_cut(group, size))
         )
-        return torch.equal(together, torch.cat(alone))
+        return torch.equal(together, torch.cat(apart))
 
     def _start(self, group: Sequence[Request]) -> Tensor:
         noise = self.tokenizer.noise([request.seed for request in group])
@@ -196,6 +207,10 @@ def _draws(seed: int) -> torch.Generator:
     """The generator of an image's draws, which must not repeat that of its start noise."""
     hashed = hashlib.sha256(f"draws {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(hashed[:8]) >> 1)
+
+
+def _cut(things: Sequence[Any], size: int) -> list[Any]:
+    return [list(things[i : i + size]) for i in range(0, len(things), size)]
 
 
 def _padded_length(request: Request) -> int:
