@@ -1,8 +1,10 @@
 """A model small enough to train inside a test: 2x2 positions, 3 timesteps, 16 codes."""
 
 import os
+import signal
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from typing import ClassVar
 
 import pytest
@@ -113,6 +115,27 @@ def pixel_features(monkeypatch, tmp_path):
     """Judges by `PixelFeatures`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(drawn, "EfficientNetLite0", PixelFeatures)
+
+
+@pytest.fixture
+def interrupted():
+    """A context in which Ctrl-C comes right after an update of a kind of trainer."""
+
+    @contextmanager
+    def at(trainer, step):
+        update = trainer.update
+
+        def interrupting(self):
+            done = update(self)
+            if self.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return done
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "update", interrupting)
+            yield
+
+    return at
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 """Every peer on pictures of 2x2 positions: conventions, caches, resuming, the whole command."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -298,17 +296,8 @@ def test_the_command_runs_all_peers_and_goes_on_where_it_was(command, tmp_path, 
     assert "was begun with ours.lrs" in capsys.readouterr().err
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(command, tmp_path, capsys, monkeypatch):
-    update = Trainer.update
-
-    def interrupted(self):
-        loss = update(self)
-        if self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return loss
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "update", interrupted)
+def test_ctrl_c_saves_and_the_same_command_goes_on(command, tmp_path, capsys, interrupted):
+    with interrupted(Trainer, 1):
         assert command("--only", "flow") == 130
     assert "the same command goes on" in capsys.readouterr().err
     saved = tmp_path / "out" / "flow" / "run" / "step-0000001.safetensors"

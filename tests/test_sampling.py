@@ -148,6 +148,12 @@ def test_images_are_grouped_by_padded_length_and_only_where_bits_agree(monkeypat
     assert sampler.groups(requests) == [[i] for i in range(101)]
 
 
+def test_images_that_see_their_history_are_computed_alone_on_the_cpu():
+    model, tokenizer = make_models(history=True)
+    sampler = Sampler(model, tokenizer, VOCABULARY, Guided())
+    assert sampler.groups([Request((1,), i) for i in range(16)]) == [[i] for i in range(16)]
+
+
 def test_bits_that_depend_on_the_company_are_noticed(monkeypatch):
     model, tokenizer = make_models()
     sampler = Sampler(model, tokenizer, VOCABULARY, Guided())

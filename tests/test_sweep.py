@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -106,20 +104,11 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
         run_sweep(spec.load(path), out, None, silent)
 
 
-def test_a_stopped_sweep_goes_on(pixel_features, tiny_sweep, tmp_path, monkeypatch, capsys):
+def test_a_stopped_sweep_goes_on(pixel_features, tiny_sweep, tmp_path, interrupted, capsys):
     """By a signal inside a run: 130, and the run goes on where it was."""
     path, out = tiny_sweep(tflops=1e-3), tmp_path / "out"
     command = ["sweep", str(path), "--out", str(out), "--only", "base"]
-    update = Trainer.update
-
-    def interrupted(self):
-        good = update(self)
-        if self.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return good
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "update", interrupted)
+    with interrupted(Trainer, 5):
         assert main(command) == 130
     printed, messages = capsys.readouterr()
     assert printed == "" and messages.splitlines()[-1] == "stopped; the same command goes on"

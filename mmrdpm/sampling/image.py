@@ -2,8 +2,9 @@
 
 The same request gives the same image, to the last bit, whatever its company. Rounding may depend
 on the shapes of a product, so images are computed in groups of fixed size with prompts padded to
-fixed lengths. A GPU always computes full groups. A CPU computes what does not fill a group alone,
-and uses groups only where it is seen to give every image of a group the very bits it has alone.
+fixed lengths. A GPU always computes full groups. A CPU has large and small ones, computes alone
+what fills neither, and uses groups only where they are seen to give every image the bits it has
+alone.
 """
 
 from __future__ import annotations
@@ -136,8 +137,13 @@ class Sampler:
         return found
 
     def _trusted(self, sizes: Sequence[int], alike: Sequence[Request]) -> list[int]:
-        """The sizes of groups, rising, that give every image the bits that it has alone."""
+        """The sizes of groups, rising, that give every image the bits that it has alone.
+
+        With history the keys grow from step to step, so that the first speaks for no other.
+        """
         trusted, below = list[int](), 1
+        if self.model.config.history:
+            return trusted
         for size in sizes:
             if size > 1:
                 group = alike[:size]
