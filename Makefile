@@ -19,7 +19,8 @@ ifdef GPU
 else
 	.venv/bin/pip install -q 'torch==2.13.0' $$(.venv/bin/python -c \
 	  'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null \
-	  && echo --extra-index-url $(CPU_INDEX))
+	  && echo --extra-index-url $(CPU_INDEX) \
+	  || echo '$(CPU_INDEX) cannot be reached: torch as the usual index has it' >&2)
 endif
 	.venv/bin/pip install -q -e .
 	touch $@

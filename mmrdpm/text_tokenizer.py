@@ -185,10 +185,13 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """SentencePiece BPE of `vocab_size` ids with byte fallback and no normalisation.
 
     Raises:
+        DataError: there are no texts.
         RecipeError: there are not ids enough for bytes and characters.
     """
     model = io.BytesIO()
     texts = [*texts]  # what is wrong with them should not be told by the library's own errors
+    if not texts:
+        raise DataError("there are no texts to learn a tokeniser from: name sources that hold some")
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(SentencePiece._escape(text) for text in texts),

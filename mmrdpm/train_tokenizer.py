@@ -111,9 +111,9 @@ def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) ->
                 figures = {f"loss/{name}": value for name, value in losses.items()}
                 figures |= trainer.data.figures() | trainer.fit.usage.check(plan.collapse, run)
                 monitor.record(step, figures, trainer.shown(phase, figures))
-            # what the advice against a collapse builds on: the finished autoencoder
-            handed_over = step == trainer.phases.autoencoder + 1
-            if step == plan.steps or step % policy.every == 0 or handed_over or stopping:
+            # the first codebook update holds the finished autoencoder, for after a collapse
+            autoencoder_is_done = step == trainer.phases.autoencoder + 1
+            if step == plan.steps or step % policy.every == 0 or autoencoder_is_done or stopping:
                 save(trainer, run, policy)
             if stopping:
                 break

@@ -220,6 +220,8 @@ def test_a_cache_of_mostly_broken_or_of_other_records_is_an_error(
 ):
     command = ["data", "cache", str(cache_recipe), "--out", str(tmp_path)]
     assert main([*command, "data.max_broken_share=0.1"]) == 1
+    capsys.readouterr()
+    assert main([*command, "data.max_broken_share=0.1"]) == 1  # again, with nothing left to make
     said = capsys.readouterr().err
     assert "1 of 12 left out: no caption" in said and "2 of 12 records are broken" in said
     (tmp_path / "t.jsonl").write_text('{"text": "no picture"}\n')

@@ -104,6 +104,16 @@ class CacheWriter:
         every = range(self.manifest.shards)
         return [i for i in every if not shard_path(self.folder, i).exists()]
 
+    def totals(self) -> tuple[int, Counter[str]]:
+        """Over the shards that are there: records seen, and those left out by cause."""
+        seen, broken = 0, Counter[str]()
+        for index in set(range(self.manifest.shards)) - set(self.missing()):
+            path = shard_path(self.folder, index)
+            causes = Counter[str](weights.metadata(path)["skipped"])
+            seen += weights.shapes(path)["ends"][0] + causes.total()
+            broken += causes
+        return seen, broken
+
     def write(self, index: int) -> tuple[int, list[Broken]]:
         """Makes one shard; gives the number of its records, and those left out.
 

@@ -116,7 +116,11 @@ class Lane:
                 self._skipped.append(Skipped(item.source, item.draft))
                 self._broken_in_a_row += 1
                 if self._broken_in_a_row == _IN_A_ROW:  # it might search for ever
-                    check_broken(self.broken, self.seen, 0.0, item.draft)
+                    raise DataError(
+                        f"{_IN_A_ROW} records in a row are broken, the last: {item.draft.key}"
+                        f" {item.draft.cause} {item.draft.detail}".rstrip()
+                        + ": mend the data"
+                    )
                 self._append(None)
             else:
                 self._broken_in_a_row = 0

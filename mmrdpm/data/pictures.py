@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mmrdpm.errors import DataError, UsageError
 
-_FORMATS = (  # no PostScript, which runs programs, and nothing that holds many sizes in one
-    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"),
-)
+# no PostScript, whose reader runs programs; no ICO and ICNS, which get round the limit on pixels
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 64_000_000  # what one picture may hold once decoded: 64 megapixels, 256 MB as RGBA
 
 

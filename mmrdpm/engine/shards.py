@@ -43,8 +43,7 @@ class ShardWriter:
         """
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save, save
 
-        distributed.first(lambda: shutil.rmtree(folder, ignore_errors=True))
-        folder.mkdir(parents=True, exist_ok=True)
+        distributed.first(lambda: _fresh(folder))
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         if self._group is None:
             work: Callable[[], object] = partial(save, dict(tensors), storage_writer=writer)
@@ -53,6 +52,15 @@ class ShardWriter:
                 dict(tensors), storage_writer=writer, process_group=self._group
             ).result  # type: ignore[union-attr]
         return partial(_told, work, folder, "could not be saved", "make room, and look at the disk")
+
+
+def _fresh(folder: Path) -> None:
+    """Makes an empty folder, on a disk that all ranks share."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made: {error.strerror}: make room") from None
 
 
 def load(tensors: Mapping[str, Tensor], folder: Path) -> None:

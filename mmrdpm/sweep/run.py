@@ -112,8 +112,7 @@ def _check_same(known: dict[str, Any], identity: dict[str, Any], path: Path) -> 
         if known.get(key) != value:
             raise CheckpointError(
                 f"{path}: variant {identity['variant']} was measured with {key}={known.get(key)},"
-                f" not {value} (None: by an earlier version): name another folder with --out, or"
-                " remove its lines"
+                f" not {value}: name another folder with --out, or remove its lines"
             )
 
 

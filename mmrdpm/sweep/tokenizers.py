@@ -39,8 +39,8 @@ def train_tokenizer(
     if begun and (known := records.find(name=name)):
         if known.get("autoencoder_from_sha256") != stands_on:
             raise CheckpointError(
-                f"{folder}: stands on another {source} than there is now, or was made by an earlier"
-                " version: name another folder with --out"
+                f"{folder}: stands on another {source} than there is now, or its line in"
+                f" {records.path.name} does not say on which: name another folder with --out"
             )
         return folder
     say(f"tokeniser {name}: {' '.join(variant.tokenizer) or 'the base'}")

@@ -59,7 +59,7 @@ def _resident(field: str) -> float:
 def sampling(
     peers: Mapping[str, Peer], scene: Scene, captions: Sequence[Caption], plan: Judging
 ) -> list[dict[str, Any]]:
-    """Seconds per picture, from caption to pixels with guidance, and the memory it took.
+    """Seconds per picture, from caption to pixels with guidance.
 
     All peers and ways of sampling take turns, so that a busy machine slows them alike.
     """
@@ -85,15 +85,12 @@ def sampling(
     measured = []
     for way in ways:
         name, steps, batch = way
-        peak = Peak()
-        works[repr(way)]()
         measured.append(
             {
                 "peer": name,
                 "steps": steps,
                 "batch": batch,
                 "seconds_per_picture": statistics.median(seconds[repr(way)]) / batch,
-                "megabytes": peak.megabytes(),
             }
         )
     return measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def _arrange(datasets: Any, data: Any, path: str, columns: dict[str, str], templ
     return Table(data, reader)
 
 
+def _local_folders(path: str) -> list[Path]:
+    """The folder of a local data set; none of what lies on the hub."""
+    place = Path(path).expanduser()
+    if place.exists():
+        return [place if place.is_dir() else place.parent]
+    return sorted({Path(found).parent for found in glob.glob(str(place), recursive=True)})
+
+
 class _Reader:
     """Rows to records."""
 
@@ -124,9 +133,7 @@ class _Reader:
         self.path, self.columns, self.needed = path, columns, needed
         self.template = template
         self.label_names = getattr(feature, "names", None)
-        place = Path(path).expanduser()
-        self.folders = [place if place.is_dir() else place.parent] if place.exists() else []
-        self.folders += caches
+        self.folders = [*_local_folders(path), *caches]
 
     def record(self, index: object, row: Mapping[str, Any]) -> Record:
         key, value = f"{self.path}#{index}", row[self.columns[self.needed]]
