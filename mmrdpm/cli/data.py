@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,13 +113,15 @@ def _fill(
     mine = range(rank, writer.manifest.shards, world_size)
     missing = [i for i in writer.missing() if i in mine]
     make = writer.write_by_ray if options.ray else lambda shards: map(writer.write, shards)
+    broken, seen = Counter[str](), 0  # of this process
     with _progress(name, len(mine), len(mine) - len(missing)) as advance:
-        for _, skipped in make(missing):
+        for kept, skipped in make(missing):
             advance()
             for record in skipped:
                 print(f"{record.key}: {record.cause} {record.detail}".rstrip(), file=sys.stderr)
-            seen, broken = writer.totals()
-            check_broken(broken, seen, max_broken_share)
+            broken.update(record.cause for record in skipped)
+            seen += kept + len(skipped)
+            check_broken(broken, seen, max_broken_share, skipped[-1] if skipped else None)
     if not writer.missing():  # of all processes, whoever made which
         seen, broken = writer.totals()
         for cause, number in broken.most_common():
