@@ -196,7 +196,7 @@ class TokenizerTrainer:
             latents = self.autoencoder.encode(images)
             noise = self.training.latent_noise * self._noise(latents, generator)
             output = self.autoencoder.decode(latents + noise)
-        return self._update(output, images, self.step / self.phases.autoencoder)
+        return self._update(output, images, self.step, self.phases.autoencoder)
 
     @torch.no_grad()
     def _fit_codebook(self, generator: torch.Generator) -> dict[str, float]:
@@ -222,13 +222,13 @@ class TokenizerTrainer:
         with self._autocast():
             output = self.autoencoder.decode(torch.cat([states[0], latents]))
         done = self.step - self.phases.autoencoder - self.phases.codebook
-        return self._update(output, torch.cat([images, images]), done / self.phases.decoder)
+        return self._update(output, torch.cat([images, images]), done, self.phases.decoder)
 
-    def _update(self, output: Tensor, images: Tensor, progress: float) -> dict[str, float]:
-        """One step of AdamW; the learning rate falls as a cosine over the phase's progress."""
+    def _update(self, output: Tensor, images: Tensor, done: int, of: int) -> dict[str, float]:
+        """One step of AdamW, when so many of the phase are done; the rate falls as a cosine."""
         assert isinstance(self.autoencoder, Autoencoder) and self.reconstruction
-        warmup = min(1.0, (progress * self.training.steps + 1) / 50)
-        lr = self.training.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+        warmup = min(1.0, (done + 1) / 50)
+        lr = self.training.lr * warmup * 0.5 * (1 + math.cos(math.pi * done / of))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         last = self.autoencoder.last_layer

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -58,15 +59,15 @@ def test_the_operations_of_an_image_are_those_that_torch_counts(tiny_run):
 
 
 def test_a_bench_of_attention_lays_rows_out_and_covers_every_backend(monkeypatch, capsys, tmp_path):
-    layout = layout_of(128, 4)
+    layout = layout_of(16, 128, 4, 16)
     assert layout.kinds.shape == (16, 128)
     first = layout.document_ids[0]
     assert torch.bincount(first).tolist() == [32] * 4
     kinds = layout.kinds[0].view(4, 2, 16)
     assert (kinds[:, 0] == BlockKind.TEXT).all() and (kinds[:, 1] == BlockKind.NOISY).all()
     assert len(set(layout.block_ids[0].tolist())) == 8
-    monkeypatch.setattr(attention, "_ROW_LENGTHS", (64, 128))
-    monkeypatch.setattr(attention, "_TOKENS", 128)
+    small = dataclasses.replace(attention._SIZES["cpu"], tokens=128, row_lengths=(64, 128))
+    monkeypatch.setattr(attention, "_SIZES", dict.fromkeys(attention._SIZES, small))
     paths = tmp_path / "f.json", tmp_path / "f.svg"
     asked = ["bench", "attention", "--threads", "1", "--rounds", "1"]
     assert main([*asked, "--json", str(paths[0]), "--plot", str(paths[1])]) == 0
@@ -82,7 +83,7 @@ def test_a_bench_of_sampling_gives_figures_that_hang_together(
     monkeypatch, tiny_run, tmp_path, capsys
 ):
     monkeypatch.setattr(sample, "_BATCHES", (1, 3))
-    monkeypatch.setattr(measure, "_SIDE", 64)
+    monkeypatch.setattr(measure, "_SIDES", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(measure, "_READ", 2**16)
     grown = {4: Size(1, 1, side=2, width=32), 64: Size(1, 1, side=8, width=32)}
     monkeypatch.setattr(sample, "GROWTH", {"positions": grown})

@@ -90,13 +90,16 @@ def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = q.shape[2] // k.shape[2]
-        flat_q = q.flatten(0, 1)
-        flat_k, flat_v = (x.flatten(0, 1).repeat_interleave(groups, dim=1) for x in (k, v))
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
         out = torch.zeros_like(flat_q)
         for queries, keys, bias in planned:
-            seen = memory_efficient_attention(
-                flat_q[queries][None], flat_k[keys][None], flat_v[keys][None], bias
+            # index_select's backward adds in place, that of indexing sorts first
+            chosen_k, chosen_v = (
+                x.index_select(0, keys).repeat_interleave(groups, dim=1)[None]
+                for x in (flat_k, flat_v)
             )
+            chosen_q = flat_q.index_select(0, queries)[None]
+            seen = memory_efficient_attention(chosen_q, chosen_k, chosen_v, bias)
             out = out.index_copy(0, queries, seen[0])
         return out.view_as(q)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -16,35 +17,54 @@ from mmrdpm.bench.measure import Work, interleaved, machine_facts
 from mmrdpm.bench.plot import chart, page
 from mmrdpm.errors import RecipeError
 
-_TOKENS = 2048  # of all rows together
-_ROW_LENGTHS = (128, 256, 512, 1024)
 _DOCUMENTS = (1, 4)  # packed into a row
-_BLOCK, _HEADS, _HEAD_DIM = 16, 4, 64
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a device has enough to do with: the small recipes' or the large ones' sizes."""
+
+    tokens: int  # of all rows together
+    row_lengths: tuple[int, ...]
+    block: int  # tokens of a text or of an image
+    heads: int
+    head_dim: int
+
+
+_SIZES = {
+    "cpu": _Size(2048, (128, 256, 512, 1024), 16, 4, 64),
+    "cuda": _Size(32768, (1024, 2048, 4096, 8192), 256, 16, 128),
+}
 
 
 def bench_attention(threads: int, rounds: int) -> dict[str, Any]:
     """Every backend that runs here on the same rows, planning included.
 
-    A document is a text and noisy image blocks, 16 tokens each.
+    A document is a text and noisy image blocks, of one length each.
     """
     machine.prepare(threads)
     device = machine.device()
+    size = _SIZES[device.type]
     dtype = machine.matrix_dtype("auto", device)
     names, missing = _backends(device)
     results = [
-        _measure(names, layout_of(length, documents).to(device), documents, dtype, rounds)
+        _measure(names, size, length, documents, device, dtype, rounds)
         for documents in _DOCUMENTS
-        for length in _ROW_LENGTHS
+        for length in size.row_lengths
     ]
     facts = machine_facts(dtype, device)
-    return {"machine": facts, "tokens": _TOKENS, "missing": missing, "results": results}
+    shape = {"tokens": size.tokens, "heads": size.heads, "head_dim": size.head_dim}
+    return {"machine": facts, **shape, "missing": missing, "results": results}
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
     """The figures to read."""
     shown = [", ".join(f"{key} {value}" for key, value in figures["machine"].items())]
     shown += [f"{name}: left out: {why}" for name, why in figures["missing"].items()]
-    shown.append(f"milliseconds for {figures['tokens']} tokens, one layer")
+    shown.append(
+        f"milliseconds for {figures['tokens']} tokens, {figures['heads']} heads of"
+        f" {figures['head_dim']}, one layer"
+    )
     shown.append("row length   documents   backend      forward   with backward")
     for result in figures["results"]:
         for name, found in result["backends"].items():
@@ -68,15 +88,14 @@ def plot(figures: dict[str, Any]) -> str:
     return page(charts)
 
 
-def layout_of(length: int, documents: int) -> Layout:
+def layout_of(rows: int, length: int, documents: int, block: int) -> Layout:
     """Rows of equal documents, each a text block and then noisy blocks, without padding."""
     place = torch.arange(length)
     document_ids = place * documents // length
     begins = torch.searchsorted(document_ids, document_ids)
-    block_in_document = (place - begins) // _BLOCK
+    block_in_document = (place - begins) // block
     blocks = document_ids * length + block_in_document
     kinds = torch.where(block_in_document == 0, int(BlockKind.TEXT), int(BlockKind.NOISY))
-    rows = _TOKENS // length
     return Layout(*(x.expand(rows, -1).contiguous() for x in (document_ids, blocks, kinds)))
 
 
@@ -94,10 +113,17 @@ def _backends(device: torch.device) -> tuple[list[Any], dict[str, str]]:
 
 
 def _measure(
-    names: list[Any], layout: Layout, documents: int, dtype: torch.dtype, rounds: int
+    names: list[Any],
+    size: _Size,
+    length: int,
+    documents: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
 ) -> dict[str, Any]:
-    shape = (*layout.kinds.shape, _HEADS, _HEAD_DIM)
-    q, k, v = torch.randn(3, *shape, device=layout.kinds.device).to(dtype).unbind()
+    layout = layout_of(size.tokens // length, length, documents, size.block).to(device)
+    shape = (*layout.kinds.shape, size.heads, size.head_dim)
+    q, k, v = torch.randn(3, *shape, device=device).to(dtype).unbind()
     works: dict[str, Work] = {}
     for name in names:
         works[f"{name} forward"] = _forward(backend.planner(name), layout, q, k, v)
@@ -106,7 +132,7 @@ def _measure(
     found = {
         name: {part: seconds[f"{name} {part}"] for part in ("forward", "both")} for name in names
     }
-    return {"row_length": shape[1], "documents": documents, "backends": found}
+    return {"row_length": length, "documents": documents, "backends": found}
 
 
 Plan = Callable[[Layout], backend.Attend]

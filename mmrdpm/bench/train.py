@@ -46,6 +46,7 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
                 "matrix_flops_per_second": roof,
                 "flops_per_second": 6 * _multiplied(trainer, tokens, targets) / seconds,
                 "tokens_per_second": tokens / seconds,
+                "seconds_per_update": seconds / _UPDATES,
                 "optimizer_share": clock.optimizer / seconds,
             }
         )
@@ -66,6 +67,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
     return [
         f"{facts['device']}, torch {facts['torch']}; {figures['run']}",
         f"tokens per second      {figures['tokens_per_second']:,.0f} (padding left out)",
+        f"an update              {figures['seconds_per_update']:.3g} s",
         f"training               {figures['flops_per_second'] / 1e9:,.0f} GFLOP/s",
         f"matrix product         {figures['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s"
         f" ({facts['dtype']})",

@@ -108,16 +108,21 @@ class CodebookFit:
             self.present[table, : codebook.sizes[table]] = 1
         self.counts = torch.zeros_like(self.present)
         self.sums = torch.zeros_like(codebook.codes)
+        self.begun = torch.zeros_like(codebook.gains)  # 1 where a timestep has been observed
+        # a shared table is observed by every timestep in turn: its averages, too, decay per update
+        self.table_decay = self.decay ** (1 if codebook.per_step else 1 / len(codebook.gains))
         self.usage = Usage(codebook.sizes, codebook.codes.device)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes, the codebook itself left out."""
-        return {"counts": self.counts, "sums": self.sums, "usage": self.usage.state()}
+        averages = {"counts": self.counts, "sums": self.sums, "begun": self.begun}
+        return {**averages, "usage": self.usage.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to a saved state."""
         self.counts.copy_(state["counts"])
         self.sums.copy_(state["sums"])
+        self.begun.copy_(state["begun"])
         self.usage.restore(state["usage"])
 
     @torch.no_grad()
@@ -126,15 +131,16 @@ class CodebookFit:
         codebook, row = self.codebook, timestep - 1
         table = row if codebook.per_step else 0
         scale = distributed.mean_over_ranks(residual.square().mean()).sqrt().clamp(min=1e-8)
+        codebook.gains[row] = torch.lerp(scale, codebook.gains[row], self.decay * self.begun[row])
+        self.begun[row] = 1
         fresh = not self.counts[table].any()
-        codebook.gains[row] = scale if fresh else torch.lerp(scale, codebook.gains[row], self.decay)
         flat = residual.reshape(len(residual), -1, residual.shape[-1]) / codebook.gains[row]
         if fresh:
             codebook.table(timestep)[:] = _draw(flat, codebook.sizes[row], generator)
         code_indices = codebook.nearest(residual, timestep)
-        counts = self._average(flat, code_indices, table, decay=0.0 if fresh else self.decay)
-        reseeded = self._reseed(flat, table, codebook.sizes[row], generator)
+        counts = self._average(flat, code_indices, table)
         quantised = codebook.lookup(code_indices, timestep)
+        reseeded = self._reseed(flat, table, codebook.sizes[row], generator)
         self.usage.add(timestep, counts, (residual - quantised).square().mean(), reseeded)
         return quantised
 
@@ -146,15 +152,15 @@ class CodebookFit:
         self.sums = self.present[..., None] * (self.sums.sum(0) / having[:, None])
         self.codebook.codes[:] = self.sums / self.counts[..., None].clamp(min=1e-6)
 
-    def _average(self, flat: Tensor, chosen: Tensor, table: int, decay: float) -> Tensor:
+    def _average(self, flat: Tensor, chosen: Tensor, table: int) -> Tensor:
         """Moves a table to the mean of what chose each code; gives how often each was chosen."""
         index = chosen.reshape(-1)
         counts = torch.bincount(index, minlength=self.codebook.size).float()
         sums = torch.zeros_like(self.sums[table]).index_add_(0, index, flat.flatten(0, 1))
         distributed.sum_over_ranks(counts)
         distributed.sum_over_ranks(sums)
-        self.counts[table] = torch.lerp(counts, self.counts[table], decay)
-        self.sums[table] = torch.lerp(sums, self.sums[table], decay)
+        self.counts[table] = self.table_decay * self.counts[table] + counts
+        self.sums[table] = self.table_decay * self.sums[table] + sums
         used = self.counts[table] > 0
         self.codebook.codes[table, used] = self.sums[table, used] / self.counts[table, used, None]
         return counts
