@@ -98,7 +98,9 @@ def _recipe(path: Path, overrides: list[str]) -> Iterator[Line]:
     try:
         loaded = pretrained.complete(recipe.load(ModelRecipe, path, overrides))
         yield Line("recipe", f"{path}: fits its schema")
-        yield Line("attention", f"{backend.resolve(loaded.train.attention, machine.device())}")
+        shape = loaded.model.head_dim, loaded.data.seq_len
+        chosen = backend.resolve(loaded.train.attention, machine.device(), *shape)
+        yield Line("attention", chosen)
         yield from _data(loaded)
         yield from _needs(loaded)
     except MmrdpmError as error:

@@ -18,12 +18,14 @@ class Tally(TorchDispatchMode):
     Attributes:
         flops: of matrix products.
         moved: bytes read and written by all operations but views.
+        calls: operations but views.
         live, peak: bytes of what was made below and still is, now and at most.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = self.moved = self.live = self.peak = 0.0
+        self.calls = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -34,6 +36,7 @@ class Tally(TorchDispatchMode):
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         if not _is_view(func):
+            self.calls += 1
             given, made = (
                 [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
                 for tree in ((args, kwargs), out)

@@ -180,8 +180,8 @@ class Trainer:
     """The state of a run: weights, optimisers, place in the data and the number of updates."""
 
     def __init__(self, recipe: ModelRecipe, run: Path) -> None:
-        recipe = pretrained.complete(recipe, run)
-        self.recipe, self.step, plan = recipe, 0, recipe.train
+        self.recipe, self.step = (recipe := pretrained.complete(recipe, run)), 0
+        plan = recipe.train
         if recipe.data.rows % distributed.world_size():
             raise RecipeError(
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
@@ -197,7 +197,8 @@ class Trainer:
         self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER][0])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
         self.dtype = machine.matrix_dtype(plan.precision, self.device)
-        self.attention = backend.resolve(plan.attention, self.device)
+        shape = recipe.model.head_dim, recipe.data.seq_len
+        self.attention = backend.resolve(plan.attention, self.device, *shape)
         with torch.device("meta"):
             self.transformer = build(recipe.model, self.vocabulary, self.images)
         self.transformer.plan = backend.planner(self.attention)

@@ -155,7 +155,8 @@ def test_bad_recipes_are_one_clear_line(run, tmp_path, tiny_recipe):
     assert_mistake(train("train.seed=99999999999999999999"), "at most")
     assert not (tmp_path / "r").exists()
     assert_mistake(train("tokenizers.image=emoji-rdmp-32"), "did you mean emoji-rdpm-32")
-    assert_mistake(train("train.attention=xformers"), "needs CUDA")
+    if not torch.cuda.is_available():
+        assert_mistake(train("train.attention=xformers"), "needs CUDA")
     assert not (tmp_path / "r" / "recipe.yaml").exists()
     assert train("train.steps=1", "samples.prompts=[]")[0] == 0  # the folder is still free
 

@@ -31,7 +31,7 @@ def make(codes, **changes):
 
 
 def test_it_starts_as_if_it_were_not_there(codes):
-    hidden = torch.randn(5, 32)
+    hidden = torch.randn(5, 32).to(model.table.weight.device)
     plain, geometric = make(codes), make(codes, code_geometry=True)
     geometric.table.load_state_dict(plain.table.state_dict())
     assert torch.equal(plain.logits(hidden), geometric.logits(hidden))
@@ -72,7 +72,7 @@ def test_a_run_with_it_comes_back_from_its_folder(tiny_recipe, tmp_path):
     again = Trainer(loaded, tmp_path / "run")
     again.restore(tmp_path / "run" / "step-0000012.safetensors")
     assert model.from_codes.weight.abs().max() > 0
-    hidden = torch.randn(5, 32)
+    hidden = torch.randn(5, 32).to(model.table.weight.device)
     plain = torch.nn.functional.linear(hidden, model.table.weight)
     assert not torch.allclose(model.logits(hidden)[:, -16:], plain[:, -16:])
     assert torch.equal(model.logits(hidden), again.transformer.logits(hidden))

@@ -38,7 +38,13 @@ def losses(path, run, *overrides):
 def test_training_follows_that_on_a_cpu(name, compiled, on, tiny_recipe, tmp_path):
     if why := backend.why_not(name, CUDA):
         pytest.skip(why)
-    more = "train.precision=fp32", "checkpoint.log_every=1", "model.heads=4", "model.kv_heads=2"
+    more = (
+        "train.precision=fp32",
+        "checkpoint.log_every=1",
+        "model.width=64",
+        "model.heads=4",
+        "model.kv_heads=2",
+    )
     on(CPU)
     expected = losses(tiny_recipe, tmp_path / "cpu", *more)
     on(CUDA)

@@ -23,23 +23,27 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(q [R, S, H, D], k, v [R, S, G, D]) -> [R, S, H, D]`."""
 
 BACKENDS: tuple[Backend, ...] = ("xformers", "flex", "sdpa")  # auto takes the first that can train
+_LONG = 1024  # tokens of a row, from which flex pays: a dense mask of less is read in no time
 
 
-def resolve(name: Name, device: torch.device) -> Backend:
-    """What `auto` means on a device: xformers on CUDA, else flex there, else sdpa.
+def resolve(
+    name: Name, device: torch.device, head_dim: int = 64, row_length: int = _LONG
+) -> Backend:
+    """What `auto` means on a device: xformers on CUDA, else flex there for long rows, else sdpa.
 
     Raises:
         RecipeError: a backend is asked for that cannot train here; it says why.
     """
     if name == "auto":
-        return next(known for known in BACKENDS if why_not(known, device) is None)
-    if why := why_not(name, device):
+        fitting = (n for n in BACKENDS if n != "flex" or row_length >= _LONG)
+        return next(known for known in fitting if why_not(known, device, head_dim) is None)
+    if why := why_not(name, device, head_dim):
         raise RecipeError(f"train.attention is {name}, but {why}: use auto or sdpa")
     return name
 
 
-def why_not(name: Backend, device: torch.device) -> str | None:
-    """Why a backend cannot train on a device, None where it can."""
+def why_not(name: Backend, device: torch.device, head_dim: int = 64) -> str | None:
+    """Why a backend cannot train on a device with heads of that size, None where it can."""
     if name == "sdpa":
         return None
     if device.type != "cuda":
@@ -49,6 +53,8 @@ def why_not(name: Backend, device: torch.device) -> str | None:
     if not find_spec(package):
         return f"{package} is not installed"
     if name == "flex":
+        if head_dim < flex.MIN_HEAD_DIM:
+            return f"it needs heads of at least {flex.MIN_HEAD_DIM} channels, not {head_dim}"
         found = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
         return None if found else "no C compiler is found, which triton needs"
     return _refusal(device)

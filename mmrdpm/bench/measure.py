@@ -15,7 +15,9 @@ import torch
 
 Work = Callable[[], object]
 
-_SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matrices: less does not fill a GPU
+_PRODUCTS = {"cpu": (2048, 1), "cuda": (8192, 200)}
+"""Side of the square matrices, and how many one after the other: as large and long as it takes to
+fill a GPU, and to bring it to the clock that it keeps under load."""
 _READ = 2**26  # float32 numbers that are read through: 256 MiB, more than any cache
 
 
@@ -48,10 +50,15 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, int]:
-    """One large matrix product, and its floating point operations."""
-    side = _SIDES[device.type]
+    """Large matrix products, and their floating point operations."""
+    side, times = _PRODUCTS[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return lambda: a @ b, 2 * side**3
+
+    def work() -> None:
+        for _ in range(times):
+            a @ b
+
+    return work, 2 * side**3 * times
 
 
 def memory_read(device: torch.device) -> tuple[Work, int]:

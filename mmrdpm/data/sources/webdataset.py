@@ -172,8 +172,11 @@ class _Header(tarfile.TarInfo):
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Raises ReadError where something follows the mark that ends an archive."""
-    while block := archive.fileobj.read(1 << 16):  # type: ignore[union-attr]
+    """Raises ReadError where an archive has no mark at its end, or something behind it."""
+    stream: Any = archive.fileobj
+    if stream.tell() <= archive.offset:  # not every Python reads an empty header as one
+        raise tarfile.ReadError("it ends without its end mark")
+    while block := stream.read(1 << 16):
         if block.strip(b"\0"):
             raise tarfile.ReadError("more follows behind its end mark")
 
