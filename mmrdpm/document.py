@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -115,17 +116,21 @@ def pack(
 ) -> Packed:
     """Rows of documents, each padded to `seq_len`."""
     empty = _empty(len(rows), seq_len, vocabulary, latent_channels, grid_rank)
+    parts: list[_Part] = []
+    about: list[tuple[int, ...]] = []  # of each part: where it begins, document and block
     for row, documents in enumerate(rows):
-        offset = block = 0
+        offset, block = row * seq_len, 0
         for document_id, document in enumerate(documents):
             slot = 0
             for segment in document:
                 for part in _parts(segment, slot, vocabulary, grid_rank):
-                    end = offset + len(part.targets)
-                    _place(empty, row, slice(offset, end), part, document_id, block)
-                    offset, block = end, block + 1
+                    parts.append(part)
+                    about.append((offset, document_id, block))
+                    offset, block = offset + len(part.targets), block + 1
                 slot += len(segment.token_ids) if isinstance(segment, TextSegment) else 1
-        empty.layout.block_ids[row, offset:] = block
+        empty.layout.block_ids[row, offset - row * seq_len :] = block
+    if parts:
+        _place(empty, parts, torch.tensor(about))
     return empty
 
 
@@ -188,9 +193,15 @@ def _parts(
 
 def grid_positions(grid: tuple[int, ...], slot: int) -> Tensor:
     """Positions of one image block: int64 `[N, 1 + rank]`, all in one slot."""
-    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    places = torch.stack([axis.flatten() for axis in axes], dim=-1)
-    return torch.cat([torch.full((len(places), 1), slot), places], dim=-1)
+    positions = _places(grid).clone()
+    positions[:, 0] = slot
+    return positions
+
+
+@cache
+def _places(grid: tuple[int, ...]) -> Tensor:
+    axes = torch.meshgrid(torch.arange(1), *(torch.arange(n) for n in grid), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes], dim=-1)
 
 
 def _empty(
@@ -211,16 +222,33 @@ def _empty(
     )
 
 
-def _place(
-    packed: Packed, row: int, where: slice, part: _Part, document_id: int, block: int
-) -> None:
-    if part.token_ids is not None:
-        packed.token_ids[row, where] = part.token_ids
-    if part.latents is not None:
-        packed.latents[row, where] = part.latents
-    packed.timesteps[row, where] = part.timestep
-    packed.targets[row, where] = part.targets
-    packed.positions[row, where] = part.positions
-    packed.layout.document_ids[row, where] = document_id
-    packed.layout.block_ids[row, where] = block
-    packed.layout.kinds[row, where] = int(part.kind)
+def _place(packed: Packed, parts: Sequence[_Part], about: Tensor) -> None:
+    """Writes all parts into the rows at once.
+
+    Args:
+        about: int64 `[parts, 3]`: place in the flattened rows, document and block.
+    """
+    lengths = torch.tensor([len(part.targets) for part in parts])
+    kinds = torch.tensor([(int(part.kind), part.timestep) for part in parts])
+    before = lengths.cumsum(0) - lengths
+    about[:, 0] -= before
+    each = torch.cat([about, kinds], dim=1).repeat_interleave(lengths, dim=0)
+    shift, document_ids, block_ids, kind, timesteps = each.unbind(1)
+    where = shift + torch.arange(len(each))
+    layout = packed.layout
+    for field, values in (
+        (packed.targets, torch.cat([part.targets for part in parts])),
+        (packed.positions, torch.cat([part.positions for part in parts])),
+        (packed.timesteps, timesteps),
+        (layout.document_ids, document_ids),
+        (layout.block_ids, block_ids),
+        (layout.kinds, kind),
+    ):
+        field.flatten(0, 1)[where] = values
+    text = kind == BlockKind.TEXT
+    for field, part_values, mask in (
+        (packed.token_ids, [part.token_ids for part in parts], text),
+        (packed.latents, [part.latents for part in parts], ~text),
+    ):
+        if there := [values for values in part_values if values is not None]:
+            field.flatten(0, 1)[where[mask]] = torch.cat(there)
