@@ -3,7 +3,9 @@
 One update is run on tensors without memory (torch's fake tensors): every operation that the real
 one would call is seen, what it computes and moves is added up, and the bytes that live at once are
 followed from allocation to release. Time is the sum of both at the machine's rates (a roofline
-without overlap), measured here for `cpu`, from NVIDIA's data sheets for the GPUs.
+without overlap), measured here for `cpu`, from NVIDIA's data sheets for the GPUs. A GPU also waits
+for the host, which hands it one operation after the other and makes the rows; docs/scaling.md sets
+plans beside runs.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ Kind = Literal["cpu", "h100", "h200", "a100"]
 
 _PROMPT = 12  # tokens of a drawing beside its image, about
 _PER_NODE = 8  # GPUs that hybrid sharding shards over
-_REACHED = 0.6  # of a GPU's data sheet, in practice: an assumption, not yet measured here
-_CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take, likewise
+# what an H200 reached, see docs/scaling.md
+_REACHED = 0.7  # of the data sheet's matrix products, in 200 large ones behind each other
+_BANDWIDTH = 0.6  # of the data sheet's, in practice: an assumption
+_FUSED = 0.16  # of the bytes that operations move one by one, where torch.compile joins them
+_CALL, _TOKEN = 13e-6, 0.8e-6  # seconds of the host for an operation, and for a token of a row
+_CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take
 _HOLES = 1.2  # what glibc's heap takes over what lives, as `machine.prepare` sets it: measured
 _PROGRAM = 0.55e9  # bytes that an emoji run on the CPU held before its first update, measured
 
@@ -51,7 +57,7 @@ class Plan:
         peak: bytes held at once: gradients come while activations go.
         room: bytes that there are, None where that is unknown.
         flops, moved: floating point operations of matrix products, and bytes moved, per update.
-        seconds: per update; data and the exchange between GPUs are left out.
+        seconds: per update; the exchange between GPUs is left out, and reading the data.
     """
 
     recipe: ModelRecipe
@@ -120,7 +126,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     peak = sum(lasting.values()) + max(spent + beside, held)
     flops = passes * update.flops + optimizer.flops
     moved = passes * update.moved + optimizer.moved
-    rate, bandwidth = _rates(loaded, kind)
+    calls = passes * update.calls + optimizer.calls
     return Plan(
         recipe=loaded,
         gpus=gpus,
@@ -133,7 +139,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
         room=room,
         flops=flops,
         moved=moved,
-        seconds=flops / rate + moved / bandwidth,
+        seconds=_seconds(loaded, kind, flops, moved, calls, rows // gpus),
     )
 
 
@@ -152,7 +158,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"  {'at once':<19}{plan.peak / 1e9:8.2f}" + (
         f"  of {plan.room / 1e9:.0f}" if plan.room else ""
     )
-    yield f"seconds per update   {plan.seconds:.3g} (data and exchange between GPUs left out)"
+    yield f"seconds per update   {plan.seconds:.3g} (exchange between GPUs left out)"
     yield f"hours                {plan.hours:.3g} for {train.steps:,} updates"
     if not plan.fits:
         yield (
@@ -337,13 +343,15 @@ def _room(kind: Kind) -> float | None:
     return machine.main_memory() if kind == "cpu" else machine.DATASHEET[kind][1]
 
 
-def _rates(loaded: ModelRecipe, kind: Kind) -> tuple[float, float]:
-    """FLOP/s and bytes/s."""
+def _seconds(
+    loaded: ModelRecipe, kind: Kind, flops: float, moved: float, calls: float, rows: int
+) -> float:
+    """Of an update with so many rows, on the device or, where that takes longer, on the host."""
     if kind != "cpu":
         rate, _, bandwidth = machine.DATASHEET[kind]
-        return rate * _REACHED, bandwidth * _REACHED
-    device = torch.device("cpu")
-    return (
-        machine.measured_rate(device, _dtype(loaded, kind), side=2048),
-        machine.measured_bandwidth(device),
-    )
+        fused = _FUSED if loaded.train.compile else 1.0
+        device = flops / (rate * _REACHED) + fused * moved / (bandwidth * _BANDWIDTH)
+        return max(device, calls * _CALL) + rows * loaded.data.seq_len * _TOKEN
+    here = torch.device("cpu")
+    rate = machine.measured_rate(here, _dtype(loaded, kind), side=2048)
+    return flops / rate + moved / machine.measured_bandwidth(here)

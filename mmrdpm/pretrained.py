@@ -28,8 +28,10 @@ from mmrdpm.vocabulary import Vocabulary
 R = TypeVar("R")
 
 _SPECS = (language_model.CONFIG_FILE, checkpoint.RECIPE_FILE)
-_FREE = ("init_from", "sees_start_noise", "history")  # of the recipe, whatever it begins with
-_WAY_IN = ("from_latents.weight", "timesteps.weight")  # other image tokenisers have other latents
+_FREE = ("init_from", "sees_start_noise", "history", "code_geometry")
+"""Keys of the recipe, whatever it begins with."""
+_OF_IMAGES = ("from_latents.weight", "timesteps.weight", "from_codes.weight")
+"""Drawn anew where they do not fit: other image tokenisers have other latents and codes."""
 
 
 class Origin(Protocol):
@@ -70,7 +72,7 @@ class Run:
         found = self._shapes.get(name)
         if found == tuple(shape):
             return weights.tensor(self.path, name)
-        if name in _WAY_IN:
+        if name in _OF_IMAGES:
             return None
         raise CheckpointError(
             f"{self.path}: tensor {name!r} "
@@ -166,11 +168,15 @@ def _described(name: str, given: TransformerConfig) -> tuple[TransformerConfig, 
     origin = _open(hub.resolve("models", name, (*_SPECS, *_text_files())))
     if isinstance(origin, LanguageModel):
         return origin.config, name
-    if origin.config.history != given.history:  # no weight would show it
-        raise RecipeError(
-            f"model.init_from is {name}, which was trained with model.history"
-            f" {str(origin.config.history).lower()}: write the same"
-        )
+    for key, lost in (
+        ("history", origin.config.history != given.history),  # no weight would show it
+        ("code_geometry", origin.config.code_geometry and not given.code_geometry),
+    ):
+        if lost:
+            raise RecipeError(
+                f"model.init_from is {name}, which was trained with model.{key}"
+                f" {str(getattr(origin.config, key)).lower()}: write the same"
+            )
     return origin.config, str(_text_folder(origin))
 
 

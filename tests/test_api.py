@@ -60,6 +60,7 @@ def test_a_caption_depends_on_its_picture_alone(model):
 
 def test_the_score_is_the_likelihood_of_every_continuation(model):
     """Of no token and of one: the model's own probabilities of the token and of the end."""
+    model = model.to("cpu")
     image = picture()
     end = np.exp(model.score(image, ""))
     before, segment, after = model._looked_at(image)

@@ -43,7 +43,7 @@ def test_charts_are_well_formed_and_keep_the_order_of_values():
 def test_the_operations_of_an_image_are_those_that_torch_counts(tiny_run):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = api.load(tiny_run)
+    model = api.load(tiny_run).to("cpu")
     caption = (1, 2)
     draw = sample._drawing(
         model.transformer, model.images, model.vocabulary, caption, 1, Guided(guidance_scale=1.0)

@@ -31,6 +31,16 @@ def test_only_the_way_in_for_images_is_drawn_anew(tiny_run, tmp_path, recipe_fro
     assert torch.equal(trainer.transformer.table.weight, old["table.weight"])
 
 
+def test_scores_by_the_codes_geometry_can_be_added_but_not_lost(tiny_run, tmp_path, recipe_from):
+    loaded = recipe.load(ModelRecipe, recipe_from(tiny_run, code_geometry=True))
+    trainer = Trainer(pretrained.complete(loaded), tmp_path / "run")
+    assert trainer.describe().endswith("drawn anew: from_codes.weight")
+    assert train(loaded, tmp_path / "run")
+    without = recipe.load(ModelRecipe, recipe_from(tmp_path / "run"))
+    with pytest.raises(RecipeError, match=r"model\.code_geometry true: write the same"):
+        pretrained.complete(without)
+
+
 def test_an_earlier_run_goes_on_with_larger_pictures(
     tiny_run, tiny_tokenizers, tmp_path, capsys, recipe_from
 ):

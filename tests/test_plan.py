@@ -104,6 +104,18 @@ def test_what_does_not_fit_is_said_without_allocating_it(tiny_recipe, capsys):
     assert "hours" in capsys.readouterr().out
 
 
+def test_a_gpu_waits_for_the_host_where_there_is_little_to_do(tiny_recipe):
+    """A width twice as large needs as many operations; fusing them pays only where bytes count."""
+
+    def seconds(*overrides):
+        return make_plan(load(tiny_recipe, *overrides), 1, "h100").seconds
+
+    width = ["model.width=64", "model.ffn=96"]
+    assert seconds() == seconds(*width) == seconds("train.compile=false")
+    large = ["model.width=2048", "model.heads=16", "data.rows=64", "data.seq_len=512"]
+    assert seconds(*large) < 0.8 * seconds(*large, "train.compile=false")
+
+
 def test_rows_that_cannot_be_shared_are_refused(tiny_recipe):
     with pytest.raises(UsageError, match=r"data\.rows is 2, no multiple of 3"):
         make_plan(load(tiny_recipe), 3, "h100")

@@ -121,6 +121,7 @@ def _measure(
     dtype: torch.dtype,
     rounds: int,
 ) -> dict[str, Any]:
+    torch.compiler.reset()  # else kernels of many lengths pass the compiler's limit
     layout = layout_of(size.tokens // length, length, documents, size.block).to(device)
     shape = (*layout.kinds.shape, size.heads, size.head_dim)
     q, k, v = torch.randn(3, *shape, device=device).to(dtype).unbind()
