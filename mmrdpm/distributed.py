@@ -170,6 +170,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def given_by(
+    owner: int, tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The tensor of one rank, on every rank: all must call it, the others' own is not looked at."""
+    if world_size() == 1:
+        assert tensor is not None
+        return tensor
+    if tensor is not None and owner == rank():
+        given = tensor.contiguous()
+    else:
+        given = torch.empty(shape, dtype=dtype, device=device)
+    dist.broadcast(given, owner)
+    return given
+
+
 def gather(tree: Any) -> Any:
     """A tree of dicts and lists, its tensors whole and on the CPU of rank 0, None elsewhere.
 

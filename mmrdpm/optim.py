@@ -43,6 +43,8 @@ class OptimizerConfig:
 class Muon(Optimizer):
     """Momentum whose update is made orthogonal, for matrices only (Jordan 2024).
 
+    Of as many matrices as there are ranks each makes one orthogonal, and gives it to the others.
+
     torch's own class computes in bfloat16 always, which a CPU without it emulates a hundred times
     slower than float32; this one computes in the dtype it is given, and is the same otherwise.
     """
@@ -58,26 +60,36 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient."""
+        ranks = distributed.world_size()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - self._MOMENTUM)
-                update = self.orthogonal(p.grad.lerp(momentum, self._MOMENTUM))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+            learning = [p for p in group["params"] if p.grad is not None]
+            for begin in range(0, len(learning), ranks):
+                self._learn(learning[begin : begin + ranks], group["lr"], group["weight_decay"])
+
+    def _learn(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """Updates at most as many matrices as there are ranks; each needs its own one whole."""
+        mine: Tensor | None = None
+        for owner, p in enumerate(matrices):
+            matrix = distributed.whole(self._direction(p))
+            if owner == distributed.rank():
+                mine = self.orthogonal(matrix)
+        for owner, p in enumerate(matrices):
+            update = distributed.given_by(owner, mine, p.shape, self.dtype, p.device).to(p.dtype)
+            p.mul_(1 - lr * weight_decay)
+            p.add_(distributed.shard_like(update, p), alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+
+    def _direction(self, p: nn.Parameter) -> Tensor:
+        """Nesterov momentum of a parameter's gradient."""
+        assert p.grad is not None
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(p.grad, 1 - self._MOMENTUM)
+        return p.grad.lerp(momentum, self._MOMENTUM)
 
     def orthogonal(self, matrix: Tensor) -> Tensor:
-        """Newton-Schulz: the singular values of a matrix brought near 1, its directions kept.
-
-        It needs the whole matrix: a sharded one is gathered, and every rank computes all of it.
-        """
-        if distributed.is_sharded(matrix):
-            return distributed.shard_like(self.orthogonal(distributed.whole(matrix)), matrix)
+        """Newton-Schulz: a whole matrix's singular values brought near 1, its directions kept."""
         x = matrix.to(self.dtype)
         wide = x if x.shape[0] <= x.shape[1] else x.T
         wide = wide / wide.norm().clamp(min=1e-7)
@@ -85,7 +97,7 @@ class Muon(Optimizer):
         for _ in range(self._ITERATIONS):
             gram = wide @ wide.T
             wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-        return (wide if x.shape[0] <= x.shape[1] else wide.T).to(matrix.dtype)
+        return wide if x.shape[0] <= x.shape[1] else wide.T
 
 
 def width_scale(name: str, by_muon: bool, ratio: float) -> float:

@@ -107,7 +107,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     passes = rows // gpus / micro
     added = sharded or passes > 1  # a gradient is added to what is there, and gone
     logits = _one_pass(loaded, images, vocabulary, micro, kind, added, sharded, update)
-    _optimise(loaded, model, kind, optimizer)
+    _optimise(loaded, model, kind, gpus, optimizer)
     whole = 4.0 * parameters
     held = whole / share if sharded else whole
     moments = _moments(loaded, model) / (share if sharded else 1)
@@ -289,18 +289,20 @@ def _by_kernel(lengths: list[int], tally: Tally) -> Callable[..., Tensor]:
     return lambda q, k, v: _Exact.apply(q, k, v, pairs, tally)
 
 
-def _optimise(loaded: ModelRecipe, model: nn.Module, kind: Kind, tally: Tally) -> None:
-    """AdamW reads weight, gradient and moments and writes three; Muon multiplies matrices."""
+def _optimise(loaded: ModelRecipe, model: nn.Module, kind: Kind, gpus: int, tally: Tally) -> None:
+    """AdamW reads weight, gradient and moments and writes three; Muon multiplies matrices, one on
+    each GPU at a time, of which the largest takes longest."""
     matrices = _matrices(loaded, model)
     taken = sum(p.numel() for p in matrices)
     tally.moved += 7 * 4 * (sum(p.numel() for p in model.parameters()) - taken)
+    tally.moved += 8 * 4 * taken
     with FakeTensorMode():
-        for p in matrices:
-            muon = Muon([nn.Parameter(torch.empty(1, 1))], 0.0, _dtype(loaded, kind))
-            matrix = torch.empty(p.shape)
+        muon = Muon([nn.Parameter(torch.empty(1, 1))], 0.0, _dtype(loaded, kind))
+        for begin in range(0, len(matrices), gpus):
+            largest = max(matrices[begin : begin + gpus], key=torch.numel)
+            matrix = torch.empty(largest.shape)
             with tally:
                 muon.orthogonal(matrix)
-            tally.moved += 8 * 4 * p.numel()
 
 
 def _matrices(loaded: ModelRecipe, model: nn.Module) -> list[nn.Parameter]:
