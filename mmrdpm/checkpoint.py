@@ -172,16 +172,25 @@ def save(
     if folder.exists():  # of weights that were taken away
         aside = folder.with_suffix(".old.partial")
         shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        _move(folder, aside)
     if sharded:
         partial = shards_to_write(run, step).parent
         save_tree(state, partial / _STATE)
-        partial.rename(folder)
+        _move(partial, folder)
         whole.unlink(missing_ok=True)
     else:
         save_tree(state, whole)
     weights.save(parameters, path, about)
     return path
+
+
+def _move(folder: Path, to: Path) -> None:
+    try:
+        folder.rename(to)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot become {to.name}: {error.strerror}: look at the disk"
+        ) from None
 
 
 def shards_to_write(run: Path, step: int) -> Path:

@@ -114,7 +114,11 @@ def pack(
     latent_channels: int,
     grid_rank: int = 2,
 ) -> Packed:
-    """Rows of documents, each padded to `seq_len`."""
+    """Rows of documents, each padded to `seq_len`.
+
+    Raises:
+        ValueError: the documents of a row are longer than that.
+    """
     empty = _empty(len(rows), seq_len, vocabulary, latent_channels, grid_rank)
     parts: list[_Part] = []
     about: list[tuple[int, ...]] = []  # of each part: where it begins, document and block
@@ -128,7 +132,10 @@ def pack(
                     about.append((offset, document_id, block))
                     offset, block = offset + len(part.targets), block + 1
                 slot += len(segment.token_ids) if isinstance(segment, TextSegment) else 1
-        empty.layout.block_ids[row, offset - row * seq_len :] = block
+        used = offset - row * seq_len
+        if used > seq_len:
+            raise ValueError(f"row {row} has {used} tokens, more than {seq_len}")
+        empty.layout.block_ids[row, used:] = block
     if parts:
         _place(empty, parts, torch.tensor(about))
     return empty

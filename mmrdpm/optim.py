@@ -72,7 +72,9 @@ class Muon(Optimizer):
         for owner, p in enumerate(matrices):
             matrix = distributed.whole(self._direction(p))
             if owner == distributed.rank():
-                mine = self.orthogonal(matrix)
+                mine = matrix
+        if mine is not None:  # only when all are gathered, which ranks do together
+            mine = self.orthogonal(mine)
         for owner, p in enumerate(matrices):
             update = distributed.given_by(owner, mine, p.shape, self.dtype, p.device).to(p.dtype)
             p.mul_(1 - lr * weight_decay)

@@ -125,7 +125,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     beside = held if added else 0.0  # else gradients come while activations go
     peak = sum(lasting.values()) + max(spent + beside, held)
     flops = passes * update.flops + optimizer.flops
-    moved = passes * update.moved + optimizer.moved
+    passed, beside = passes * update.moved, optimizer.moved / (share if sharded else 1)
     calls = passes * update.calls + optimizer.calls
     return Plan(
         recipe=loaded,
@@ -138,8 +138,8 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
         peak=peak,
         room=room,
         flops=flops,
-        moved=moved,
-        seconds=_seconds(loaded, kind, flops, moved, calls, rows // gpus),
+        moved=passed + beside,
+        seconds=_seconds(loaded, kind, flops, (passed, beside), calls, rows // gpus),
     )
 
 
@@ -346,14 +346,25 @@ def _room(kind: Kind) -> float | None:
 
 
 def _seconds(
-    loaded: ModelRecipe, kind: Kind, flops: float, moved: float, calls: float, rows: int
+    loaded: ModelRecipe,
+    kind: Kind,
+    flops: float,
+    moved: tuple[float, float],
+    calls: float,
+    rows: int,
 ) -> float:
-    """Of an update with so many rows, on the device or, where that takes longer, on the host."""
+    """Of an update with so many rows, on the device or, where that takes longer, on the host.
+
+    Args:
+        moved: bytes by the passes, and by the optimisers, whose operations nothing joins.
+    """
+    passed, beside = moved
     if kind != "cpu":
         rate, _, bandwidth = machine.DATASHEET[kind]
         fused = _FUSED if loaded.train.compile else 1.0
-        device = flops / (rate * _REACHED) + fused * moved / (bandwidth * _BANDWIDTH)
+        bytes_ = fused * passed + beside
+        device = flops / (rate * _REACHED) + bytes_ / (bandwidth * _BANDWIDTH)
         return max(device, calls * _CALL) + rows * loaded.data.seq_len * _TOKEN
     here = torch.device("cpu")
     rate = machine.measured_rate(here, _dtype(loaded, kind), side=2048)
-    return flops / rate + moved / machine.measured_bandwidth(here)
+    return flops / rate + (passed + beside) / machine.measured_bandwidth(here)

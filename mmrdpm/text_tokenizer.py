@@ -211,7 +211,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         )
     except RuntimeError as error:
         raise RecipeError(
-            f"vocab_size {vocab_size}: SentencePiece cannot make so few ids of these texts"
-            f" ({' '.join(str(error).split())[:160]}): raise it"
+            f"vocab_size {vocab_size}: SentencePiece gave up"
+            f" ({' '.join(str(error).split())[:160]}): raise it if it is too small, or look at the"
+            " texts"
         ) from None
     return SentencePiece(model.getvalue())

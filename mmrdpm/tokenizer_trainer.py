@@ -111,7 +111,7 @@ class TokenizerTrainer:
         """
         state = checkpoint.state_of(path)
         needed = {"step", "source", "data", "optimizer", "fit", "loss", "average"}
-        if missing := needed - state.keys():
+        if missing := (needed - state.keys()) or (self.fit.state().keys() - state["fit"].keys()):
             raise CheckpointError(
                 f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
                 " mmrdpm that wrote it, or begin anew"

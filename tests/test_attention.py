@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from mmrdpm.attention import backend, flex, sdpa, xformers
 from mmrdpm.attention.layout import BlockKind, Layout
@@ -31,9 +32,9 @@ def random_layout(generator, length=24, kinds=3):
     return make_layout([*blocks, (-1, T, 2)])
 
 
-def random_rows(seed, rows=3):
+def random_rows(seed, rows=3, length=26):
     generator = torch.Generator().manual_seed(seed)
-    layouts = [random_layout(generator, kinds=4) for _ in range(rows)]
+    layouts = [random_layout(generator, length - 2, kinds=4) for _ in range(rows)]
     return Layout(*(torch.cat(x) for x in zip(*(vars(a).values() for a in layouts), strict=True)))
 
 
@@ -125,6 +126,29 @@ def test_flex_equals_sdpa_forward(seed):
     torch.testing.assert_close(out, sdpa.plan(layout)(q, k, v))
 
 
+@pytest.mark.parametrize("length", [26, 300, 512])
+def test_the_blocks_of_flex_are_those_that_the_library_finds(length):
+    """Uncompiled, it does not look at them: skipped blocks, whole ones and those in between."""
+    layout = random_rows(length, rows=2, length=length)
+    visible = layout.visible()
+    expected = create_block_mask(
+        lambda row, _, query, key: visible[row, query, key], 2, None, *visible.shape[1:], "cpu"
+    )
+    made = flex.block_mask(layout)
+    assert made.seq_lengths == expected.seq_lengths
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, places = (
+            [getattr(mask, f"{kind}_{what}") for mask in (made, expected)]
+            for what in ("num_blocks", "indices")
+        )
+        assert torch.equal(counts[0], counts[1].expand_as(counts[0]))
+        assert counts[0].max() <= places[0].shape[-1]
+        for ours, theirs, n in zip(
+            *(p.flatten(0, -2) for p in places), counts[0].flatten(), strict=True
+        ):
+            assert set(ours[:n].tolist()) == set(theirs[:n].tolist())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["xformers", "flex"])
 @pytest.mark.parametrize("seed", range(3))
@@ -132,7 +156,7 @@ def test_a_backend_equals_sdpa_forward_and_backward(name, seed):
     if why := backend.why_not(name, torch.device("cuda")):
         pytest.skip(why)
     plan = backend.planner(name)
-    layout = random_rows(seed).to("cuda")
+    layout = random_rows(seed, length=24 + 137 * seed).to("cuda")
     inside = (layout.document_ids >= 0)[..., None, None]
     generator = torch.Generator("cuda").manual_seed(seed)
     results = []
@@ -144,6 +168,16 @@ def test_a_backend_equals_sdpa_forward_and_backward(name, seed):
         results.append((out, q.grad, k.grad, v.grad))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_auto_takes_flex_for_long_rows_and_heads_that_it_can(monkeypatch):
+    monkeypatch.setattr(backend, "find_spec", lambda name: name != "xformers")
+    monkeypatch.setattr(backend.shutil, "which", lambda name: "/usr/bin/cc")
+    cuda = torch.device("cuda")
+    found = [backend.resolve("auto", cuda, *shape) for shape in ((64, 8192), (64, 256), (8, 8192))]
+    assert found == ["flex", "sdpa", "sdpa"]
+    with pytest.raises(RecipeError, match="heads of at least 16 channels, not 8"):
+        backend.resolve("flex", cuda, 8)
 
 
 def test_a_backend_that_cannot_run_is_refused():

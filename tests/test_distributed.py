@@ -177,6 +177,47 @@ dist.destroy_process_group()
 """
 
 
+NARROW = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mmrdpm import distributed, recipe
+from mmrdpm.optim import Muon
+from mmrdpm.train_model import ModelRecipe, Trainer
+
+path, _, run = sys.argv[1:]
+with distributed.joined(60):
+    more = ["train.parallel=fsdp", "train.precision=bf16", "optimizer.name=adamw"]
+    trainer, seen = Trainer(recipe.load(ModelRecipe, path, more), Path(run)), set()
+    for attention in trainer.transformer.attentions:
+        attention.register_forward_pre_hook(lambda _, given: seen.add(given[1].dtype))
+    assert trainer.update() and seen == {torch.float32}, seen
+
+    generator = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(3)]
+    for p in matrices:
+        p.grad = torch.randn(4, 6, generator=generator)
+    muon = Muon(matrices, 0.5, torch.float32)
+    step = 0.1 * 0.2 * 6**0.5
+    expected = [p.detach() * 0.95 - step * muon.orthogonal(p.grad) for p in matrices]
+    muon.param_groups[0]["lr"] = 0.1
+    muon.step()
+    torch.testing.assert_close([p.detach() for p in matrices], expected)
+"""
+
+
+def test_turns_stay_exact_where_layers_are_gathered_narrow_and_muon_shares_an_odd_number(
+    shared_recipe, tmp_path
+):
+    (tmp_path / "narrow.py").write_text(NARROW)
+    program = (str(tmp_path / "narrow.py"),)
+    codes, _, err = finish(start_ranks(shared_recipe, tmp_path / "run", program=program))
+    assert codes == [0, 0], err
+
+
 def test_shards_that_are_written_beside_the_training_are_of_the_moment_they_were_begun(tmp_path):
     (tmp_path / "beside.py").write_text(BESIDE)
     program = (str(tmp_path / "beside.py"),)

@@ -64,6 +64,12 @@ def test_a_captioned_image_packed_by_hand():
     assert row.layout.block_ids[0].tolist() == [0] * 2 + [1] * 4 + [2] * 4 + [3] * 3 + [4]
 
 
+def test_more_than_a_row_holds_is_an_error_and_never_spills_into_the_next():
+    long = [TextSegment(tuple(range(5)))]
+    with pytest.raises(ValueError, match="row 0 has 5 tokens, more than 4"):
+        pack([[long], []], 4, Vocabulary(20, 4), 2)
+
+
 def test_neither_packing_nor_company_changes_the_loss():
     model, docs = make_model(), documents()
     together = loss(model, packed([docs]), text_weight=0.5)

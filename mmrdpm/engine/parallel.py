@@ -136,7 +136,11 @@ def _shard(objective: Objective, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     narrow = dtype if dtype != torch.float32 else None
-    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=narrow,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast narrows what products take; RoPE's turns stay exact
+    )
     transformer = objective.transformer
     for layer in zip(transformer.attentions, transformer.feed_forwards, strict=True):
         fully_shard([*layer], mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -45,13 +46,15 @@ class ShardWriter:
 
         distributed.first(lambda: _fresh(folder))
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        told = partial(
+            _told, folder=folder, what="could not be saved", remedy="make room, look at the disk"
+        )
         if self._group is None:
-            work: Callable[[], object] = partial(save, dict(tensors), storage_writer=writer)
-        else:
-            work = async_save(
-                dict(tensors), storage_writer=writer, process_group=self._group
-            ).result  # type: ignore[union-attr]
-        return partial(_told, work, folder, "could not be saved", "make room, and look at the disk")
+            return partial(told, partial(save, dict(tensors), storage_writer=writer))
+        begun = told(
+            partial(async_save, dict(tensors), storage_writer=writer, process_group=self._group)
+        )
+        return partial(told, begun.result)
 
 
 def _fresh(folder: Path) -> None:
@@ -87,15 +90,15 @@ def load(tensors: Mapping[str, Tensor], folder: Path) -> None:
     _told(work, folder, "could not be read", "go on from an earlier checkpoint")
 
 
-def _told(work: Callable[[], object], folder: Path, what: str, remedy: str) -> None:
-    """Does it; what went wrong on any rank becomes one line."""
+def _told(work: Callable[[], Any], folder: Path, what: str, remedy: str) -> Any:
+    """Does it and gives what comes of it; what went wrong on any rank becomes one line."""
     from torch.distributed.checkpoint import CheckpointException
 
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it shows stack traces
     try:
-        work()
+        return work()
     except (CheckpointException, CheckpointError, SafetensorError, OSError) as error:
         failures = getattr(error, "failures", {distributed.rank(): (error, None)})
         rank, (first, _) = min(failures.items())
