@@ -77,6 +77,20 @@ def test_a_shipped_recipe_fits_its_schema(path):
     assert f"recipes/peers/{path.name}" in header and "Hardware:" in header
 
 
+def test_the_peers_of_the_shipped_recipe_are_as_large_as_ours(monkeypatch, tmp_path):
+    """With the shipped tokenizers, whose codes count."""
+    monkeypatch.setattr(registry, "fitted", lambda codes, *_: codes.requires_grad_(False))
+    monkeypatch.setattr(
+        "mmrdpm.bench.peers.protocol.latents_of",
+        lambda images, data: torch.zeros(len(data.names), *images.grid, images.latent_channels),
+    )
+    loaded = recipe.load(PeerBench, shipped.resolve("recipes", "peers/emoji"))
+    scene = Scene(loaded)
+    for name in MAKERS:
+        make(name, loaded, scene, tmp_path)  # refuses another size
+        assert getattr(PeerBench(), name).ffn == getattr(loaded, name).ffn
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_peer_learns_a_batch_and_draws_latents(name, tiny, scene, tmp_path):
     trainer = Trainer(name, tiny, scene, tmp_path, lr=0.01, steps=100)

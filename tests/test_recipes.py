@@ -164,7 +164,9 @@ def test_the_header_says_what_is_planned(path, offline, tmp_path, request):
     three, four = (planned(path, tmp_path, layers) for layers in (3, 4))
     more = recipe.load(ModelRecipe, path).model.layers - 3
     _, hours, gigabytes = promised(path)
-    assert three.hours + more * (four.hours - three.hours) == pytest.approx(hours, rel=0.05, abs=0.5)
+    assert three.hours + more * (four.hours - three.hours) == pytest.approx(
+        hours, rel=0.05, abs=0.5
+    )
     peak = three.peak + more * (four.peak - three.peak)
     assert peak / 1e9 == pytest.approx(gigabytes, rel=0.1) and peak < three.room
 

@@ -18,7 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from mmrdpm import weights
 from mmrdpm.rdpm.codebook import Codebook, CodebookFit
 
-_FITS, _PICTURES = 224, 512  # updates of the fit, and pictures in each, as of emoji-rdpm-32
+_FITS, _PICTURES = 220, 512  # updates of the fit, and pictures in each, as of emoji-rdpm-32
 
 
 class ResidualCodes(nn.Module):

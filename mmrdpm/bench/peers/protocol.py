@@ -122,7 +122,7 @@ class Equal:
 
 @dataclass(frozen=True)
 class PeerBench:
-    """A recipe of kind `peers`; the default shapes have about 6.1M parameters."""
+    """A recipe of kind `peers`; the default shapes have about 6.4M parameters."""
 
     tokenizers: Tokenizers = field(default_factory=Tokenizers)
     budget: Budget = field(default_factory=Budget)
@@ -131,11 +131,11 @@ class PeerBench:
     checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     judging: Judging = field(default_factory=Judging)
     ours: Shape = field(default_factory=lambda: Shape(6, 256, 4, 704))
-    flow: Shape = field(default_factory=lambda: Shape(4, 256, 4, 1024, steps=(50, 10)))
-    masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 688, steps=(10,)))
-    raster: Shape = field(default_factory=lambda: Shape(6, 256, 4, 688))
+    flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, steps=(50, 10)))
+    masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592, steps=(10,)))
+    raster: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592))
     transfusion: Shape = field(default_factory=lambda: Shape(5, 160, 4, 376, steps=(50, 10)))
-    scales: Shape = field(default_factory=lambda: Shape(6, 256, 4, 688))
+    scales: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592))
     kind: Literal["peers"] = "peers"
 
 
