@@ -14,10 +14,11 @@ from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.train_model import ModelRecipe
 
 
-def export(run: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
+def export(run: Path, folder: Path, overrides: Sequence[str] = (), int8: bool = False) -> Path:
     """Writes the newest checkpoint of a run to `folder`, its weights in float16.
 
     Args:
+        int8: whether the transformer's matrices take half of that, rounded to 255 steps a row.
         overrides: `sampling.key=value`, the defaults of sampling that the model is to have.
 
     Raises:
@@ -42,5 +43,6 @@ def export(run: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     for name, tensor in half.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{newest}: tensor {name!r} does not fit into float16")
-    weights.save(half, partial / newest.name, about)
+    small = weights.narrowed(tensors) if int8 else half
+    weights.save(small, partial / newest.name, about)
     return partial.rename(folder)

@@ -18,6 +18,7 @@ from mmrdpm.distributed import shard_like
 from mmrdpm.errors import CheckpointError
 
 _METADATA = "mmrdpm"  # the one key of the header under which our metadata lie, as JSON
+_SCALE = ".int8_scale"  # behind the name of a matrix that is kept in int8: a factor for each row
 
 
 def save(
@@ -47,6 +48,17 @@ def save(
         ) from None
 
 
+def narrowed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with matrices in int8 and a factor per row, which reading multiplies out again."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and tensor.is_floating_point():
+            scale = tensor.float().abs().amax(1).clamp(min=1e-12) / 127
+            found[name] = (tensor.float() / scale[:, None]).round().to(torch.int8)
+            found[name + _SCALE] = scale
+    return found
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a file, on the CPU, and the metadata saved with them.
 
@@ -54,8 +66,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: the file is missing, truncated, or no safetensors file at all.
     """
     with _opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, _metadata_of(file)
+        return {name: _read(file, name) for name in _names(file)}, _metadata_of(file)
 
 
 def metadata(path: Path) -> dict[str, Any]:
@@ -67,13 +78,27 @@ def metadata(path: Path) -> dict[str, Any]:
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors, which are not read, see `load`."""
     with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return {name: tuple(file.get_slice(name).get_shape()) for name in _names(file)}
 
 
 def tensor(path: Path, name: str) -> Tensor:
     """One tensor alone, see `load`."""
     with _opened(path) as file:
-        return file.get_tensor(name)
+        return _read(file, name)
+
+
+def _names(file: Any) -> list[str]:
+    return [name for name in file.keys() if not name.endswith(_SCALE)]  # noqa: SIM118
+
+
+def _read(file: Any, name: str) -> Tensor:
+    tensor = file.get_tensor(name)
+    if name + _SCALE not in file.keys():  # noqa: SIM118
+        return tensor
+    scale = file.get_tensor(name + _SCALE)
+    if tensor.dtype != torch.int8 or scale.shape != tensor.shape[:1]:
+        raise ValueError(f"tensor {name!r} does not fit its factors")
+    return tensor.float() * scale[:, None]
 
 
 def _metadata_of(file: Any) -> dict[str, Any]:

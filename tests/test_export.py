@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mmrdpm
 from mmrdpm import weights
 from mmrdpm.cli import main
+from mmrdpm.errors import CheckpointError
 
 
 def test_an_export_is_the_same_model_in_float16_without_the_state_of_training(
@@ -32,6 +33,26 @@ def test_an_export_is_the_same_model_in_float16_without_the_state_of_training(
     model = mmrdpm.load(folder)
     assert model.sampling.guidance_scale == 2.5
     assert [p.size for p in model.generate(["red heart"])] == [(16, 16)]
+
+
+def test_matrices_in_int8_are_read_back_as_rounded(tiny_run, tmp_path):
+    folders = [tmp_path / "half", tmp_path / "int8"]
+    for folder, more in zip(folders, ([], ["--int8"]), strict=True):
+        assert main(["export", str(tiny_run), str(folder), *more]) == 0
+    half, small = (next(folder.glob("step-*.safetensors")) for folder in folders)
+    assert small.stat().st_size < 0.7 * half.stat().st_size
+    whole = load_file(tiny_run / small.name)
+    read = mmrdpm.load(folders[1]).transformer.state_dict()
+    assert read.keys() == whole.keys() == weights.shapes(small).keys()
+    for name, tensor in whole.items():
+        step = tensor.abs().amax(-1, keepdim=True) / 127
+        assert ((read[name].cpu() - tensor).abs() <= 0.51 * step).all(), name
+        assert torch.equal(weights.tensor(small, name), read[name].cpu())
+    raw = load_file(small)
+    raw["table.weight.int8_scale"] = torch.ones(3)
+    save_file(raw, small)
+    with pytest.raises(CheckpointError, match=r"'table\.weight' does not fit its factors"):
+        weights.load(small)
 
 
 def test_what_cannot_be_exported_is_one_clear_line(tiny_run, tmp_path, capsys):

@@ -65,6 +65,7 @@ def add(commands: Commands) -> None:
     p = command(commands, export_command, "export")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     p.add_argument("folder", type=Path, metavar="DIR", help="to make")
+    p.add_argument("--int8", action="store_true", help="matrices in half the space of float16")
     p.add_argument("overrides", nargs="*", metavar="sampling.key=value")
 
 
@@ -145,7 +146,7 @@ def tokenizer_show(options: argparse.Namespace) -> None:
 
 def export_command(options: argparse.Namespace) -> None:
     """Makes a small model to ship of a run."""
-    print(export(options.run, options.folder, options.overrides))
+    print(export(options.run, options.folder, options.overrides, options.int8))
 
 
 def _tokenizer(name: str) -> Path:
