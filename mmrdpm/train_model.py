@@ -180,8 +180,8 @@ class Trainer:
     """The state of a run: weights, optimisers, place in the data and the number of updates."""
 
     def __init__(self, recipe: ModelRecipe, run: Path) -> None:
-        self.recipe, self.step = (recipe := pretrained.complete(recipe, run)), 0
-        plan = recipe.train
+        recipe = pretrained.complete(recipe, run)
+        self.recipe, self.step, plan, model = recipe, 0, recipe.train, recipe.model
         if recipe.data.rows % distributed.world_size():
             raise RecipeError(
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
@@ -197,28 +197,26 @@ class Trainer:
         self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER][0])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
         self.dtype = machine.matrix_dtype(plan.precision, self.device)
-        shape = recipe.model.head_dim, recipe.data.seq_len
-        self.attention = backend.resolve(plan.attention, self.device, *shape)
+        head_dim, length = model.head_dim, recipe.data.seq_len
+        self.attention = backend.resolve(plan.attention, self.device, head_dim, length)
         with torch.device("meta"):
             self.transformer = build(recipe.model, self.vocabulary, self.images)
         self.transformer.plan = backend.planner(self.attention)
         self.transformer.recompute = plan.recompute
         self.parameters = sum(p.numel() for p in self.transformer.parameters())
         torch.manual_seed(plan.seed)
-        self.parallel = Parallel(
-            Objective(self.transformer, plan.text_weight, plan.z_loss),
-            parallel.resolve(plan.parallel, self.parameters, self.device),
-            self.device,
-            self.dtype,
-        )
+        objective = Objective(self.transformer, plan.text_weight, plan.z_loss)
+        mode = parallel.resolve(plan.parallel, self.parameters, self.device)
+        self.parallel = Parallel(objective, mode, self.device, self.dtype)
         self.transformer.know_codes(self.images.codebook.codes)
         self.origin = ""
         if (name := recipe.model.init_from) and checkpoint.agreed(run) is None:
             self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)
         if plan.compile and self.device.type == "cuda":
             self.transformer.compile_layers()
-        width = recipe.model.width
-        self.optimizers = Optimizers(self.transformer, recipe.optimizer, self.dtype, width=width)
+        self.optimizers = Optimizers(
+            self.transformer, recipe.optimizer, self.dtype, width=model.width
+        )
         self.average = Average(self.transformer, plan.ema) if plan.ema else None
         self.guard, self.meter = Guard(plan.guard), self._meter()
         background = self.device.type == "cuda"
