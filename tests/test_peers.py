@@ -295,7 +295,7 @@ def test_the_command_runs_all_peers_and_goes_on_where_it_was(command, tmp_path, 
     spent = results["curve"][-1]["flops"]
     assert abs(spent - 2e7) <= plan["flops_per_update"]
     assert len(results["curve"]) == 2
-    entries = json.loads((out / "sampling.json").read_text())["entries"]
+    entries = json.loads((out / "timing.json").read_text())["sampling"]
     assert [(e["peer"], e["steps"]) for e in entries] == [("ours", 3), ("flow", 3), ("flow", 2)]
 
     begun = (out / "ours" / "results.json").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Sampling time and peak memory."""
+"""Time of training and of sampling, and peak memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 
 from mmrdpm.bench.measure import Work, interleaved
 from mmrdpm.bench.peers.protocol import Caption, How, Judging, Peer, Scene
+from mmrdpm.bench.peers.trainer import Trainer
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_UPDATES = 3  # of each peer per repeat of drawing: captions differ in length
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
@@ -94,6 +96,16 @@ def sampling(
             }
         )
     return measured
+
+
+def training(trainers: Mapping[str, Trainer], repeats: int) -> list[dict[str, Any]]:
+    """Seconds per update; all peers take turns. With a rate of 0 their weights stay."""
+    works = {name: trainer.update for name, trainer in trainers.items()}
+    seconds = interleaved(works, repeats * _UPDATES)
+    return [
+        {"peer": name, "seconds_per_update": statistics.median(times)}
+        for name, times in seconds.items()
+    ]
 
 
 def machine_class(dtype: torch.dtype) -> str:

@@ -44,15 +44,13 @@ def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
     ways = _ways(results)
     if not ways:
         return
-    for key, label in (("flops", "training FLOPs"), ("seconds", "seconds of training")):
-        lines = {
-            title: [(point[key], best(point, steps)) for point in result["curve"]]
-            for title, result, steps in ways
-        }
-        _plot(out / f"quality-{key}.svg", lines, label)
+    lines = {title: _curve(result, steps, "flops", 1.0) for title, result, steps in ways}
+    _plot(out / "quality-flops.svg", lines, "training FLOPs")
     timed = [way for way in ways if _speeds(*way[1:])]
     if not timed:
         return
+    lines = {title: _curve(r, steps, "step", _update_seconds(r)) for title, r, steps in timed}
+    _plot(out / "quality-seconds.svg", lines, "seconds of training")
     dots = {
         title: [(max(_speeds(result, steps))[1], best(result["curve"][-1], steps))]
         for title, result, steps in timed
@@ -77,9 +75,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             "",
             f"{result['concepts']} training concepts, features of EfficientNet-Lite0, 95% intervals"
             " over the pictures, of the guidance scales and temperatures T the best by top 10;"
-            f" seconds per picture at batch {batches}; MiB beyond the weights while training and"
-            " judging;"
-            f" times on {result['machine']}.",
+            " minutes by the time of an update in turns; seconds per picture, in turns too, at batch"
+            f" {batches}; MiB beyond the weights while training and judging;"
+            f" trained on {result['machine']}; timed on {result['timed_on']}.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -98,6 +96,16 @@ def _ways(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], 
         if "curve" in result
         for steps in sorted({e["steps"] for e in result["curve"][-1]["drawn"]}, reverse=True)
     ]
+
+
+def _curve(
+    result: dict[str, Any], steps: int, key: str, factor: float
+) -> list[tuple[float, dict[str, Any]]]:
+    return [(factor * point[key], best(point, steps)) for point in result["curve"]]
+
+
+def _update_seconds(result: dict[str, Any]) -> float:
+    return result["training"][0]["seconds_per_update"]
 
 
 def _speeds(result: dict[str, Any], steps: int) -> list[tuple[int, float]]:
@@ -123,7 +131,7 @@ def _row(title: str, result: dict[str, Any], steps: int) -> list[str]:
         f"{last['flops'] / 1e15:.4g}",
         f"{result['updates']:,}",
         f"{result['updates'] * result['batch_size']:,}",
-        f"{result['seconds'] / 60:.1f}",
+        f"{result['updates'] * _update_seconds(result) / 60:.1f}" if result["training"] else "",
         " / ".join(f"{seconds:.3f}" for _, seconds in _speeds(result, steps)),
         "unknown" if memory is None else f"{memory:,.0f}",
         f"{result['lr']:g}",

@@ -5,7 +5,7 @@ OUT/NAME/plan.json           FLOPs per update and the learning rates tried
 OUT/NAME/run                 checkpoints, logs and sheets of drawn pictures of the judged run
 OUT/NAME/curve.json          the points at which it was judged, as they come
 OUT/NAME/results.json        all about a peer, once it is done
-OUT/sampling.json            how long all that are done take to draw, measured in turns
+OUT/timing.json              how long all that are done take to learn and to draw, in turns
 OUT/table.md, OUT/*.svg      of the peers done so far
 """
 
@@ -36,7 +36,7 @@ from mmrdpm.metrics.reconstruction import psnr
 from mmrdpm.monitor import Monitor
 from mmrdpm.train_model import Tokenizers
 
-RESULTS_FILE = "results.json"
+RESULTS_FILE, TIMING_FILE = "results.json", "timing.json"
 _AT_ONCE = 50  # pictures drawn together when they are judged
 _SHEET = (10, 4)  # columns and rows of a sheet of drawn pictures
 
@@ -90,8 +90,8 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
         if not finished:
             break
     if finished and {name for name in MAKERS if _is_done(out, name)} - _timed(out):
-        say("timing how the peers draw, in turns")
-        _time_sampling(recipe, scene, quality, out)
+        say("timing how the peers learn and draw, in turns")
+        _time(recipe, scene, quality, out)
     report.write(out, _results(out))
     return finished
 
@@ -101,21 +101,28 @@ def _is_done(out: Path, name: str) -> bool:
 
 
 def _timed(out: Path) -> set[str]:
-    return {entry["peer"] for entry in read(out / "sampling.json").get("entries", [])}
+    return {entry["peer"] for entry in read(out / TIMING_FILE).get("sampling", [])}
 
 
-def _time_sampling(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
-    """Writes `sampling.json`, of all peers that are done and whose library is there."""
-    peers = {}
+def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
+    """Writes `timing.json`, of all peers that are done and whose library is there."""
+    trainers = {}
     for name in MAKERS:
         latest = checkpoint.newest(out / name / "run")
         if latest and _is_done(out, name):
             with suppress(ModuleNotFoundError):
-                peers[name] = make(name, recipe, scene, out).to(machine.device()).eval()
-                weights.load_into(peers[name], latest)
-    captions = [scene.captions[i] for i in quality.chosen]
-    entries = measure.sampling(peers, scene, captions, recipe.judging)
-    write(out / "sampling.json", {"entries": entries})
+                trainers[name] = Trainer(name, recipe, scene, out, lr=0.0, steps=1)
+                weights.load_into(trainers[name].peer, latest)
+    if not trainers:
+        return
+    judging, captions = recipe.judging, [scene.captions[i] for i in quality.chosen]
+    peers = {name: trainer.peer for name, trainer in trainers.items()}
+    timing = {
+        "sampling": measure.sampling(peers, scene, captions, judging),
+        "training": measure.training(trainers, judging.repeats),
+        "machine": measure.machine_class(next(iter(trainers.values())).dtype),
+    }
+    write(out / TIMING_FILE, timing)
 
 
 class Run:
@@ -252,14 +259,15 @@ class Run:
 
 
 def _results(out: Path) -> list[dict[str, Any]]:
-    """Of all peers that have any, in their order, each with its `sampling`."""
-    found = [read(out / name / RESULTS_FILE) for name in MAKERS]
-    entries = read(out / "sampling.json").get("entries", [])
-    return [
-        {**result, "sampling": [entry for entry in entries if entry["peer"] == result["peer"]]}
-        for result in found
-        if result
-    ]
+    """Of all peers that have any, in their order, each with its entries of `timing.json`."""
+    timing = read(out / TIMING_FILE)
+    found = [result for name in MAKERS if (result := read(out / name / RESULTS_FILE))]
+    for result in found:
+        for what in ("sampling", "training"):
+            entries = timing.get(what, [])
+            result[what] = [entry for entry in entries if entry["peer"] == result["peer"]]
+        result["timed_on"] = timing.get("machine")
+    return found
 
 
 def read(path: Path) -> dict[str, Any]:
