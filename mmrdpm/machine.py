@@ -6,13 +6,16 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
+Thing = TypeVar("Thing")
+Result = TypeVar("Result")
 
 # bfloat16 FLOP/s (dense), bytes of memory, and bytes per second to it, of NVIDIA's SXM boards
 DATASHEET = {
@@ -46,6 +49,30 @@ def matrix_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """A context whose matrix products are of that type."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def side_by_side(
+    function: Callable[[Thing], Result], things: Sequence[Thing], workers: int
+) -> list[Result]:
+    """`function` of each thing, in their order, without gradients, `workers` at a time.
+
+    Each worker has its share of torch's threads: cores that work apart do more than cores that
+    divide every small matrix among them.
+    """
+    threads = torch.get_num_threads()
+
+    def begin() -> None:
+        torch.set_num_threads(max(1, threads // workers))  # of this worker alone
+
+    def work(thing: Thing) -> Result:
+        with torch.inference_mode():
+            return function(thing)
+
+    try:
+        with ThreadPoolExecutor(workers, initializer=begin) as pool:
+            return list(pool.map(work, things))
+    finally:
+        torch.set_num_threads(threads)  # threads to come begin with what was set last
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:

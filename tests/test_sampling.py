@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -6,7 +8,15 @@ from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling.choose import Choice, choose, keep
-from mmrdpm.sampling.image import Guided, Request, Sampler, _draws, guidance_at, sample_images
+from mmrdpm.sampling.image import (
+    _SEEN,
+    Guided,
+    Request,
+    Sampler,
+    _draws,
+    guidance_at,
+    sample_images,
+)
 from mmrdpm.sampling.text import sample_text
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
@@ -138,14 +148,53 @@ def test_images_are_grouped_by_padded_length_and_only_where_bits_agree(monkeypat
     requests = [Request((1,) * length, i) for i, length in enumerate(lengths)]
     monkeypatch.setattr(Sampler, "bits_are_the_same", lambda *_: True)
     groups = sampler.groups(requests)
+    monkeypatch.setattr(Sampler, "bits_are_the_same", lambda *_: False)
+    assert sampler.groups(requests) == groups  # what has been seen is not tried again
     assert [i for group in groups for i in group] == list(range(101))
     assert [len(group) for group in groups] == [64, 16, 1, 1, 1, 16, 1, 1]
+    _SEEN.clear()
     monkeypatch.setattr(Sampler, "bits_are_the_same", lambda _, group, size: len(group) == 16)
     sizes = [len(group) for group in sampler.groups(requests)]
     assert sizes == [16] * 5 + [1, 1, 1, 16, 1, 1]
     # a large group counts for nothing where the small one that it was compared with does not
+    _SEEN.clear()
     monkeypatch.setattr(Sampler, "bits_are_the_same", lambda _, group, size: len(group) == 64)
     assert sampler.groups(requests) == [[i] for i in range(101)]
+
+
+def test_groups_are_drawn_side_by_side_only_where_bits_agree(monkeypatch):
+    model, tokenizer = make_models()
+    sampler, before = Sampler(model, tokenizer, VOCABULARY, Guided()), torch.get_num_threads()
+    groups = [[Request((1, 2), 16 * i + j) for j in range(16)] for i in range(3)]
+    used, draw, logits = [], Sampler.draw, model.logits
+
+    def noted(self, group):
+        used.append(
+            (threading.get_ident(), torch.get_num_threads(), torch.is_inference_mode_enabled())
+        )
+        return draw(self, group)
+
+    def rounded_by_threads(hidden, ids):
+        return logits(hidden, ids) + 1e-6 * torch.get_num_threads()
+
+    monkeypatch.setattr(Sampler, "draw", noted)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            apart = [draw(sampler, group) for group in groups]
+            assert all(map(torch.equal, sampler.draw_all(groups), apart))
+            assert {(threads, inference) for _, threads, inference in used} == {(1, True)}
+            assert threading.get_ident() not in {thread for thread, *_ in used}
+            assert torch.get_num_threads() == 2
+            used.clear()
+            _SEEN.clear()
+            monkeypatch.setattr(model, "logits", rounded_by_threads)
+            sampler.draw_all(groups)
+            assert {(thread, threads) for thread, threads, _ in used} == {
+                (threading.get_ident(), 2)
+            }
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_images_that_see_their_history_are_computed_alone_on_the_cpu():

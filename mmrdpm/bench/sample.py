@@ -189,9 +189,17 @@ GROWTH: dict[str, dict[int, Size]] = {
 
 
 def _peak(work: Work) -> float:
-    """The most bytes that the tensors made by one call take at once, weights left out."""
-    with Tally() as tally:
-        work()
+    """The most bytes that the tensors made by one call take at once, weights left out.
+
+    Of one thread: what others do beside it is not counted.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Tally() as tally:
+            work()
+    finally:
+        torch.set_num_threads(threads)
     return tally.peak
 
 

@@ -4,20 +4,24 @@ The same request gives the same image, to the last bit, whatever its company. Ro
 on the shapes of a product, so images are computed in groups of fixed size with prompts padded to
 fixed lengths. A GPU always computes full groups. A CPU has large and small ones, computes alone
 what fills neither, and uses groups only where they are seen to give every image the bits it has
-alone.
+alone. Its threads draw groups side by side, under the same condition. What has been seen of a model
+and a shape is not tried again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from mmrdpm import machine
 from mmrdpm.document import TextSegment, grid_positions, pack
 from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
@@ -28,6 +32,8 @@ from mmrdpm.vocabulary import Vocabulary
 
 _GROUPS = {"cpu": (64, 256), "cuda": (2048,)}  # image positions in a group, about, by device
 _PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
+_SEEN: WeakKeyDictionary[Transformer, dict[tuple, bool]] = WeakKeyDictionary()
+"""Whether bits agreed, by what decides the shapes and the order of sums."""
 
 
 GuidanceSchedule = Literal["constant", "rising", "falling"]
@@ -88,8 +94,9 @@ def sample_images(
     """
     states: dict[int, Tensor] = {}
     sampler = Sampler(model, tokenizer, vocabulary, how)
-    for group in sampler.groups(requests):
-        drawn = sampler.draw([requests[i] for i in group])
+    groups = sampler.groups(requests)
+    parts = [[requests[i] for i in group] for group in groups]
+    for group, drawn in zip(groups, sampler.draw_all(parts), strict=True):
         states |= dict(zip(group, drawn.unbind(1), strict=True))
     return torch.stack([states[i] for i in range(len(requests))], dim=1)
 
@@ -102,6 +109,39 @@ class Sampler:
     tokenizer: ImageTokenizer
     vocabulary: Vocabulary
     how: Guided
+
+    def draw_all(self, groups: Sequence[Sequence[Request]]) -> list[Tensor]:
+        """The states of each group's images; on a CPU as many groups at once as it has threads."""
+        workers = self._workers(groups)
+        if workers == 1:
+            return [self.draw(group) for group in groups]
+        return machine.side_by_side(self.draw, groups, workers)
+
+    def _workers(self, groups: Sequence[Sequence[Request]]) -> int:
+        """How many groups to draw at once: 1 where bits depend on a worker's number of threads."""
+        workers = min(torch.get_num_threads(), len(groups))
+        if self.model.table.weight.device.type != "cpu" or self.model.config.history:
+            return 1
+        firsts = {(_padded_length(group[0]), len(group)): group for group in groups}
+        alike = workers == 1 or all(
+            self._seen((*shape, workers), partial(self._same_apart, group, workers))
+            for shape, group in firsts.items()
+        )
+        return workers if alike else 1
+
+    def _same_apart(self, group: Sequence[Request], workers: int) -> bool:
+        """Whether a group has the same bits on a worker's threads and on all."""
+        (apart,) = machine.side_by_side(self._first_logits, [group], workers)
+        return torch.equal(apart, self._first_logits(group))
+
+    def _seen(self, shape: tuple[int, ...], check: Callable[[], bool]) -> bool:
+        """The result of a check, which is made once for each shape, type and number of threads."""
+        weight, guided = self.model.table.weight, self.how.guidance_scale != 1
+        key = (*shape, guided, weight.dtype, torch.get_num_threads())
+        known = _SEEN.setdefault(self.model, {})
+        if key not in known:
+            known[key] = check()
+        return known[key]
 
     def draw(self, group: Sequence[Request]) -> Tensor:
         """The states of a group's images, `[T + 1, G, *grid, C]`."""
@@ -147,7 +187,10 @@ class Sampler:
         for size in sizes:
             if size > 1:
                 group = alike[:size]
-                if len(group) < size or not self.bits_are_the_same(group, below):
+                if len(group) < size:
+                    break
+                shape = (_padded_length(group[0]), size, below, 0)
+                if not self._seen(shape, partial(self.bits_are_the_same, group, below)):
                     break
                 trusted.append(size)
                 below = size
@@ -159,12 +202,13 @@ class Sampler:
 
         The order of a sum does not depend on what is summed, so one step speaks for all.
         """
-        steps = self.tokenizer.num_timesteps
-        together, *apart = (
-            self._code_logits(self._read(part), self._start(part), self._start(part), steps)
-            for part in (group, *_cut(group, size))
-        )
+        together, *apart = map(self._first_logits, (group, *_cut(group, size)))
         return torch.equal(together, torch.cat(apart))
+
+    def _first_logits(self, group: Sequence[Request]) -> Tensor:
+        """The scores of the first step, `[G, N, K]`."""
+        start = self._start(group)
+        return self._code_logits(self._read(group), start, start, self.tokenizer.num_timesteps)
 
     def _start(self, group: Sequence[Request]) -> Tensor:
         noise = self.tokenizer.noise([request.seed for request in group])

@@ -75,8 +75,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             "",
             f"{result['concepts']} training concepts, features of EfficientNet-Lite0, 95% intervals"
             " over the pictures, of the guidance scales and temperatures T the best by top 10;"
-            " minutes by the time of an update in turns; seconds per picture, in turns too, at batch"
-            f" {batches}; MiB beyond the weights while training and judging;"
+            " minutes by the time of an update in turns; seconds per picture, in turns too, at"
+            f" batch {batches}; MiB beyond the weights while training and judging;"
             f" trained on {result['machine']}; timed on {result['timed_on']}.",
         ]
     return "\n".join(lines) + "\n"
