@@ -25,6 +25,18 @@ def test_muon_in_bfloat16_is_torchs_own():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (24, 30)])
+def test_muons_iterations_are_those_of_the_definition(shape):
+    """Jordan 2024: `X <- a X + (b G + c G^2) X` with `G = X X^T`, five times, here in float64."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = matrix.double() / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    made = Muon([nn.Parameter(matrix)], 0.0, torch.float32).orthogonal(matrix)
+    assert torch.allclose(made.double(), x, atol=1e-5)
+
+
 def test_muons_update_is_nearly_orthogonal_in_float32():
     matrix = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
     made = Muon([nn.Parameter(matrix)], 0.0, torch.float32).orthogonal(matrix)
