@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Lock
 from typing import Literal, TypeVar
 
 import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
+_TURN = Lock()
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
 
@@ -57,22 +59,32 @@ def side_by_side(
     """`function` of each thing, in their order, without gradients, `workers` at a time.
 
     Each worker has its share of torch's threads: cores that work apart do more than cores that
-    divide every small matrix among them.
+    divide every small matrix among them. Autocast and modes that watch operations hold for the
+    thread that calls, not for workers. Callers take turns, so `function` must not call this.
+    Ctrl-C waits for what the workers are at.
     """
-    threads = torch.get_num_threads()
+    threads, count = torch.get_num_threads(), min(workers, len(things))
+    begun = Barrier(count + 1)
 
     def begin() -> None:
-        torch.set_num_threads(max(1, threads // workers))  # of this worker alone
+        torch.set_num_threads(max(1, threads // workers))
+        torch.get_num_threads()  # a thread's first use of torch is when it takes the common number
+        begun.wait()
 
     def work(thing: Thing) -> Result:
         with torch.inference_mode():
             return function(thing)
 
-    try:
-        with ThreadPoolExecutor(workers, initializer=begin) as pool:
-            return list(pool.map(work, things))
-    finally:
-        torch.set_num_threads(threads)  # threads to come begin with what was set last
+    with _TURN, ThreadPoolExecutor(count, initializer=begin) as pool:
+        try:
+            results = pool.map(work, things)
+            begun.wait()
+        except BaseException:
+            begun.abort()  # nobody waits for who will not come
+            raise
+        finally:
+            torch.set_num_threads(threads)  # the common number again, for threads to come
+        return list(results)
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -166,7 +166,7 @@ def test_groups_are_drawn_side_by_side_only_where_bits_agree(monkeypatch):
     model, tokenizer = make_models()
     sampler, before = Sampler(model, tokenizer, VOCABULARY, Guided()), torch.get_num_threads()
     groups = [[Request((1, 2), 16 * i + j) for j in range(16)] for i in range(3)]
-    used, draw, logits = [], Sampler.draw, model.logits
+    used, draw, logits, honest = [], Sampler.draw, model.logits, Sampler._same_apart
 
     def noted(self, group):
         used.append(
@@ -178,15 +178,22 @@ def test_groups_are_drawn_side_by_side_only_where_bits_agree(monkeypatch):
         return logits(hidden, ids) + 1e-6 * torch.get_num_threads()
 
     monkeypatch.setattr(Sampler, "draw", noted)
+    monkeypatch.setattr(Sampler, "_same_apart", lambda *_: True)
     torch.set_num_threads(2)
     try:
         with torch.inference_mode():
             apart = [draw(sampler, group) for group in groups]
-            assert all(map(torch.equal, sampler.draw_all(groups), apart))
+            for found, expected in zip(sampler.draw_all(groups), apart, strict=True):
+                torch.testing.assert_close(found, expected)
             assert {(threads, inference) for _, threads, inference in used} == {(1, True)}
             assert threading.get_ident() not in {thread for thread, *_ in used}
             assert torch.get_num_threads() == 2
+            with torch.autocast("cpu", torch.bfloat16):  # which workers would know nothing of
+                used.clear()
+                sampler.draw_all(groups)
+                assert {thread for thread, *_ in used} == {threading.get_ident()}
             used.clear()
+            monkeypatch.setattr(Sampler, "_same_apart", honest)
             _SEEN.clear()
             monkeypatch.setattr(model, "logits", rounded_by_threads)
             sampler.draw_all(groups)

@@ -32,6 +32,7 @@ from mmrdpm.vocabulary import Vocabulary
 
 _GROUPS = {"cpu": (64, 256), "cuda": (2048,)}  # image positions in a group, about, by device
 _PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
+_WORKERS = 8  # at most, since each takes memory of its own; they share the threads of more cores
 _SEEN: WeakKeyDictionary[Transformer, dict[tuple, bool]] = WeakKeyDictionary()
 """Whether bits agreed, by what decides the shapes and the order of sums."""
 
@@ -110,8 +111,9 @@ class Sampler:
     vocabulary: Vocabulary
     how: Guided
 
+    @torch.inference_mode()
     def draw_all(self, groups: Sequence[Sequence[Request]]) -> list[Tensor]:
-        """The states of each group's images; on a CPU as many groups at once as it has threads."""
+        """The states of each group's images; a CPU draws several groups at once."""
         workers = self._workers(groups)
         if workers == 1:
             return [self.draw(group) for group in groups]
@@ -119,12 +121,19 @@ class Sampler:
 
     def _workers(self, groups: Sequence[Sequence[Request]]) -> int:
         """How many groups to draw at once: 1 where bits depend on a worker's number of threads."""
-        workers = min(torch.get_num_threads(), len(groups))
-        if self.model.table.weight.device.type != "cpu" or self.model.config.history:
+        threads = torch.get_num_threads()
+        workers = min(threads, len(groups), _WORKERS)
+        on_cpu = self.model.table.weight.device.type == "cpu"
+        if workers == 1 or not on_cpu or self.model.config.history or _autocast():
             return 1
-        firsts = {(_padded_length(group[0]), len(group)): group for group in groups}
-        alike = workers == 1 or all(
-            self._seen((*shape, workers), partial(self._same_apart, group, workers))
+        firsts: dict[tuple[int, int], Sequence[Request]] = {}
+        for group in groups:
+            firsts.setdefault((_padded_length(group[0]), len(group)), group)
+        alike = all(
+            self._seen(
+                ("on threads", threads // workers, *shape),
+                partial(self._same_apart, group, workers),
+            )
             for shape, group in firsts.items()
         )
         return workers if alike else 1
@@ -134,10 +143,10 @@ class Sampler:
         (apart,) = machine.side_by_side(self._first_logits, [group], workers)
         return torch.equal(apart, self._first_logits(group))
 
-    def _seen(self, shape: tuple[int, ...], check: Callable[[], bool]) -> bool:
+    def _seen(self, what: tuple[Any, ...], check: Callable[[], bool]) -> bool:
         """The result of a check, which is made once for each shape, type and number of threads."""
-        weight, guided = self.model.table.weight, self.how.guidance_scale != 1
-        key = (*shape, guided, weight.dtype, torch.get_num_threads())
+        types = (self.model.table.weight.dtype, _autocast(), torch.get_num_threads())
+        key = (*what, self.tokenizer.grid, self.how.guidance_scale != 1, *types)
         known = _SEEN.setdefault(self.model, {})
         if key not in known:
             known[key] = check()
@@ -189,8 +198,8 @@ class Sampler:
                 group = alike[:size]
                 if len(group) < size:
                     break
-                shape = (_padded_length(group[0]), size, below, 0)
-                if not self._seen(shape, partial(self.bits_are_the_same, group, below)):
+                company = ("in company", _padded_length(group[0]), size, below)
+                if not self._seen(company, partial(self.bits_are_the_same, group, below)):
                     break
                 trusted.append(size)
                 below = size
@@ -251,6 +260,10 @@ class Sampler:
         cond, uncond = logits.chunk(2)
         scale = guidance_at(self.how, timestep, self.tokenizer.num_timesteps)
         return uncond + scale * (cond - uncond)
+
+
+def _autocast() -> bool:
+    return torch.is_autocast_enabled("cpu")
 
 
 def _draws(seed: int) -> torch.Generator:
