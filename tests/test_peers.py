@@ -295,8 +295,12 @@ def test_the_command_runs_all_peers_and_goes_on_where_it_was(command, tmp_path, 
     spent = results["curve"][-1]["flops"]
     assert abs(spent - 2e7) <= plan["flops_per_update"]
     assert len(results["curve"]) == 2
-    entries = json.loads((out / "timing.json").read_text())["sampling"]
-    assert [(e["peer"], e["steps"]) for e in entries] == [("ours", 3), ("flow", 3), ("flow", 2)]
+    timing = json.loads((out / "timing.json").read_text())
+    drawn = [(e["peer"], e["steps"]) for e in timing["sampling"]]
+    assert drawn == [("ours", 3), ("flow", 3), ("flow", 2)]
+    assert [e["peer"] for e in timing["training"]] == ["ours", "flow"]
+    assert all(e["seconds_per_update"] > 0 for e in timing["training"])
+    assert "in turns on" in (out / "table.md").read_text()
 
     begun = (out / "ours" / "results.json").stat().st_mtime_ns
     assert command("ours.lrs=[0.001,0.01]") == 0  # the rest

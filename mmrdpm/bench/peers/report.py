@@ -39,7 +39,7 @@ def check() -> None:
 
 
 def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
-    """`table.md`, and SVG plots of quality against FLOPs, wall-clock and sampling time."""
+    """`table.md`, and SVG plots of quality against FLOPs, time of training and of sampling."""
     (out / "table.md").write_text(table(results), encoding="utf-8")
     ways = _ways(results)
     if not ways:
@@ -70,15 +70,18 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join([*cells, *[""] * (len(_HEAD) - 2)]) + " |")
     if ways:
         _, result, steps = ways[0]
-        batches = " and ".join(str(batch) for batch, _ in _speeds(result, steps))
-        lines += [
-            "",
+        note = (
             f"{result['concepts']} training concepts, features of EfficientNet-Lite0, 95% intervals"
-            " over the pictures, of the guidance scales and temperatures T the best by top 10;"
-            " minutes by the time of an update in turns; seconds per picture, in turns too, at"
-            f" batch {batches}; MiB beyond the weights while training and judging;"
-            f" trained on {result['machine']}; timed on {result['timed_on']}.",
-        ]
+            " over the pictures, of the guidance scales and temperatures T the best by top 10; MiB"
+            f" beyond the weights while training and judging; trained on {result['machine']}."
+        )
+        if result["timed_on"]:
+            batches = " and ".join(str(batch) for batch, _ in _speeds(result, steps))
+            note += (
+                " Minutes (of the updates) and seconds per picture (at batch"
+                f" {batches}) as measured in turns on {result['timed_on']}."
+            )
+        lines += ["", note]
     return "\n".join(lines) + "\n"
 
 
