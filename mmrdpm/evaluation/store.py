@@ -30,7 +30,7 @@ from mmrdpm.evaluation.figure import Figure, digest
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _FORMAT = 2  # raised when the same key would come to mean another content
-_CHUNK = 16  # pictures drawn between two writes
+_CHUNK = 64  # pictures drawn between two writes
 
 _JUDGES = (  # packages that figures follow from
     "efficientnet-lite-pytorch",

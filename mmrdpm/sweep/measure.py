@@ -22,7 +22,7 @@ _OF_WEIGHTS = (  # figures that have nothing to do with how pictures are drawn
     *("captioned", "loss_text", "loss_image", "loss_steps", "information"),
     *("independence", "independence_steps", "divergence", "divergence_steps"),
 )
-_PART = 20  # pictures between two movements of the progress bar
+_PART = 32  # pictures between two movements of the progress bar: two groups of small ones
 
 
 class Measurer:
