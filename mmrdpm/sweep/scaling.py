@@ -111,11 +111,15 @@ def learning_rates(rows: Sequence[Row], path: Path) -> str:
     lines.append("| ---: | " + " | ".join("---:" for _ in LOSSES) + " |")
     widths: dict[int, dict[str, str]] = defaultdict(dict)
     for axis, (key, label) in zip(axes, LOSSES.items(), strict=True):
-        for width, rates in sorted(_by_width(rows, key).items()):
+        by_width = _by_width(rows, key)
+        for width, rates in sorted(by_width.items()):
             x = sorted(rates)
             axis.plot(x, [rates[lr] for lr in x], ".-", label=f"width {width}")
             widths[width][key] = f"{min(x, key=rates.__getitem__):g}"
         axis.set(xlabel="train.lr", ylabel=label, xscale="log")
+        tried = sorted({lr for rates in by_width.values() for lr in rates})
+        axis.set_xticks(tried, [f"{lr:g}" for lr in tried])
+        axis.minorticks_off()
         axis.legend(fontsize=6)
     drawn.savefig(path)
     lines += [f"| {w} | " + " | ".join(widths[w][k] for k in LOSSES) + " |" for w in sorted(widths)]
