@@ -326,13 +326,36 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(command, tmp_path, capsys, in
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 1
 
 
-def test_a_peer_without_its_library_stays_in_the_table(command, capsys, monkeypatch):
-    def missing(*_):
-        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (ModuleNotFoundError("No module named 'x'", name="x"), "needs the package x: pip install"),
+        (
+            RuntimeError("Failed to import diffusers.models because of:\ncannot import name 'y'"),
+            "its libraries do not go together (cannot import name 'y')",
+        ),
+    ],
+)
+def test_a_peer_without_its_library_stays_in_the_table(
+    command, capsys, monkeypatch, tmp_path, error, reason
+):
+    def failing(name):
+        raise error
 
-    monkeypatch.setitem(registry.MAKERS, "flow", missing)
-    assert command("--only", "flow") == 0
-    assert "not run: needs the package diffusers" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "import_module", failing)
+        assert command("--only", "flow") == 0
+        assert f"not run: {reason}" in capsys.readouterr().out
+    assert command("--only", "flow", "ours") == 0  # the library is there now
+    (tmp_path / "out" / "timing.json").unlink()
+    monkeypatch.setattr(registry, "import_module", failing)
+    assert command("--only", "ours") == 0
+    timing = json.loads((tmp_path / "out" / "timing.json").read_text())
+    assert [e["peer"] for e in timing["training"]] == ["ours"]
+    assert list(timing["missing"]) == ["flow"] and reason in timing["missing"]["flow"]
+    capsys.readouterr()
+    assert command("--only", "ours") == 0  # what cannot be timed is not tried at every call
+    assert "timing" not in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(command, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from mmrdpm.bench.peers.codes import ResidualCodes, fitted
 from mmrdpm.bench.peers.ours import Ours
@@ -20,11 +22,15 @@ TITLES = {
 }
 
 
+class NotRunnable(Exception):
+    """A peer's library is not installed, or does not load; the message says which and why."""
+
+
 def make(name: str, recipe: PeerBench, scene: Scene, folder: Path) -> Peer:
     """A fresh peer; codes that it needs are fitted, or read from `folder`.
 
     Raises:
-        ModuleNotFoundError: its library is not installed.
+        NotRunnable: its library is not installed, or does not load.
         RecipeError: its number of parameters is not that of ours, or its steps cannot be chosen.
     """
     shape: Shape = getattr(recipe, name)
@@ -48,40 +54,43 @@ def parameters(peer: Peer) -> int:
     return sum(p.numel() for p in peer.parameters() if p.requires_grad)
 
 
+def _module(name: str) -> ModuleType:
+    """The module of a peer, whose library is imported now."""
+    try:
+        return import_module(f"mmrdpm.bench.peers.{name}")
+    except ModuleNotFoundError as error:
+        raise NotRunnable(f"needs the package {error.name}: pip install 'mmrdpm[peers]'") from None
+    except (ImportError, RuntimeError) as error:  # diffusers gives the latter for the former
+        reason = str(error).strip().splitlines()[-1]
+        raise NotRunnable(f"its libraries do not go together ({reason})") from error
+
+
 def _ours(shape: Shape, scene: Scene, folder: Path) -> Peer:
     return Ours(shape, scene)
 
 
 def _flow(shape: Shape, scene: Scene, folder: Path) -> Peer:
-    from mmrdpm.bench.peers.flow import Flow
-
-    return Flow(shape, scene.texts.size, scene.latent_shape)
+    return _module("flow").Flow(shape, scene.texts.size, scene.latent_shape)
 
 
 def _transfusion(shape: Shape, scene: Scene, folder: Path) -> Peer:
-    from mmrdpm.bench.peers.transfusion import Transfusion
-
-    return Transfusion(shape, scene.texts.size, scene.latent_shape)
+    return _module("transfusion").Transfusion(shape, scene.texts.size, scene.latent_shape)
 
 
 def _raster(shape: Shape, scene: Scene, folder: Path) -> Peer:
-    from mmrdpm.bench.peers.raster import Raster
-
-    return Raster(shape, scene.texts.size, _flat(scene, folder))
+    return _module("raster").Raster(shape, scene.texts.size, _flat(scene, folder))
 
 
 def _masked(shape: Shape, scene: Scene, folder: Path) -> Peer:
-    from mmrdpm.bench.peers.masked import Masked
-
-    return Masked(shape, scene.texts.size, _flat(scene, folder))
+    return _module("masked").Masked(shape, scene.texts.size, _flat(scene, folder))
 
 
 def _scales(shape: Shape, scene: Scene, folder: Path) -> Peer:
-    from mmrdpm.bench.peers.scales import Scales
-
     side = scene.latent_shape[0]
     sides = (*range(1, side), *[side] * scene.equal.levels)
-    return Scales(shape, scene.texts.size, _codes(sides, scene, folder / "codes-scales"))
+    return _module("scales").Scales(
+        shape, scene.texts.size, _codes(sides, scene, folder / "codes-scales")
+    )
 
 
 def _flat(scene: Scene, folder: Path) -> ResidualCodes:

@@ -26,7 +26,7 @@ import torch
 from mmrdpm import checkpoint, machine, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES
 from mmrdpm.bench.peers import measure, report
-from mmrdpm.bench.peers.peers import MAKERS, make, parameters
+from mmrdpm.bench.peers.peers import MAKERS, NotRunnable, make, parameters
 from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.trainer import Diverged, Trainer, fit
@@ -77,16 +77,15 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
         scene = Scene(replace(recipe, tokenizers=own))
         quality = Quality(scene, recipe.judging)
     for name in todo:  # a shape that does not do should show before hours are spent
-        with suppress(ModuleNotFoundError):
+        with suppress(NotRunnable):
             make(name, recipe, scene, out)
     finished = True
     for name in todo:
         try:
             finished = Run(name, recipe, scene, quality, out).finish()
-        except ModuleNotFoundError as error:
-            reason = f"needs the package {error.name}: pip install 'mmrdpm[peers]'"
-            say(f"{name}: {reason}")
-            write(out / name / RESULTS_FILE, {"peer": name, "not_runnable": reason})
+        except NotRunnable as error:
+            say(f"{name}: {error}")
+            write(out / name / RESULTS_FILE, {"peer": name, "not_runnable": str(error)})
         if not finished:
             break
     if finished and {name for name in MAKERS if _is_done(out, name)} - _timed(out):
@@ -101,18 +100,25 @@ def _is_done(out: Path, name: str) -> bool:
 
 
 def _timed(out: Path) -> set[str]:
-    return {entry["peer"] for entry in read(out / TIMING_FILE).get("sampling", [])}
+    timing = read(out / TIMING_FILE)
+    return {entry["peer"] for entry in timing.get("sampling", [])} | set(timing.get("missing", {}))
 
 
 def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
-    """Writes `timing.json`, of all peers that are done and whose library is there."""
-    trainers = {}
+    """Writes `timing.json`, of all peers that are done and whose library and weights are there."""
+    trainers, missing = {}, {}
     for name in MAKERS:
         latest = checkpoint.newest(out / name / "run")
-        if latest and _is_done(out, name):
-            with suppress(ModuleNotFoundError):
-                trainers[name] = Trainer(name, recipe, scene, out, lr=0.0, steps=1)
-                weights.load_into(trainers[name].peer, latest)
+        if not _is_done(out, name):
+            continue
+        if latest is None:
+            missing[name] = "its weights are gone"
+            continue
+        try:
+            trainers[name] = Trainer(name, recipe, scene, out, lr=0.0, steps=1)
+            weights.load_into(trainers[name].peer, latest)
+        except NotRunnable as error:
+            missing[name] = str(error)
     if not trainers:
         return
     judging, captions = recipe.judging, [scene.captions[i] for i in quality.chosen]
@@ -121,6 +127,7 @@ def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
         "sampling": measure.sampling(peers, scene, captions, judging),
         "training": measure.training(trainers, judging.repeats),
         "machine": measure.machine_class(next(iter(trainers.values())).dtype),
+        "missing": missing,
     }
     write(out / TIMING_FILE, timing)
 
