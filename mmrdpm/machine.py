@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from threading import Barrier, Lock
 from typing import Literal, TypeVar
@@ -15,7 +18,8 @@ from typing import Literal, TypeVar
 import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
-_TURN = Lock()
+_MOST_CORES = 8  # side by side, since what each computes takes memory of its own
+_MAKING = Lock()
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
 
@@ -53,38 +57,73 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def side_by_side(
-    function: Callable[[Thing], Result], things: Sequence[Thing], workers: int
-) -> list[Result]:
-    """`function` of each thing, in their order, without gradients, `workers` at a time.
+def side_by_side(function: Callable[[Thing], Result], things: Sequence[Thing]) -> list[Result]:
+    """`function` of each thing, in their order, each on one core, as many at once as torch may use.
 
-    Each worker has its share of torch's threads: cores that work apart do more than cores that
-    divide every small matrix among them. Autocast and modes that watch operations hold for the
-    thread that calls, not for workers. Callers take turns, so `function` must not call this.
-    Ctrl-C waits for what the workers are at.
+    Cores that work apart do more than cores that divide every small matrix among them, and what
+    one core computes does not depend on how many there are. Gradients are off; autocast holds as
+    for the caller, modes that watch operations do not, unless torch may use one core only: then
+    nothing leaves the caller's thread. After an error or Ctrl-C what is at work is waited for and
+    nothing more is begun. `function` must not call this.
     """
-    threads, count = torch.get_num_threads(), min(workers, len(things))
-    begun = Barrier(count + 1)
+    cores, left = min(torch.get_num_threads(), _MOST_CORES), iter(range(len(things)))
+    results: dict[int, Result] = {}
+    cast, cast_type = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def work() -> None:
+        with torch.inference_mode(), torch.autocast("cpu", cast_type, enabled=cast):
+            try:
+                for index in left:
+                    results[index] = function(things[index])
+            finally:
+                deque(left, maxlen=0)  # takes all: after an error the others begin nothing more
+
+    if cores == 1:
+        work()
+    else:
+        workers = _workers()
+        working = [workers.submit(work) for _ in range(min(cores, len(things)))]
+        try:
+            wait(working)
+        finally:
+            deque(left, maxlen=0)
+            wait([worker for worker in working if not worker.cancel()])
+        for worker in working:
+            worker.result()
+    return [results[index] for index in range(len(things))]
+
+
+def _workers() -> ThreadPoolExecutor:
+    """Threads that compute with one core each, the same ones for all callers."""
+    with _MAKING:
+        return _made()
+
+
+@cache
+def _made() -> ThreadPoolExecutor:
+    """Makes them, once: torch hands the number that a thread sets to every thread that is new to
+    it, so that one which begins in the meantime keeps the workers' number."""
+    threads, begun = torch.get_num_threads(), Barrier(_MOST_CORES + 1)
 
     def begin() -> None:
-        torch.set_num_threads(max(1, threads // workers))
-        torch.get_num_threads()  # a thread's first use of torch is when it takes the common number
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread's first use of torch is when it takes its number
         begun.wait()
 
-    def work(thing: Thing) -> Result:
-        with torch.inference_mode():
-            return function(thing)
+    pool = ThreadPoolExecutor(_MOST_CORES, "core", begin)
+    try:
+        for _ in range(_MOST_CORES):
+            pool.submit(int)  # a thread begins with each, as long as none is idle
+        begun.wait()
+    except BaseException:
+        begun.abort()  # nobody waits for who will not come
+        raise
+    finally:
+        torch.set_num_threads(threads)  # the common number again, for threads to come
+    return pool
 
-    with _TURN, ThreadPoolExecutor(count, initializer=begin) as pool:
-        try:
-            results = pool.map(work, things)
-            begun.wait()
-        except BaseException:
-            begun.abort()  # nobody waits for who will not come
-            raise
-        finally:
-            torch.set_num_threads(threads)  # the common number again, for threads to come
-        return list(results)
+
+os.register_at_fork(after_in_child=_made.cache_clear)  # threads stay with the parent
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:

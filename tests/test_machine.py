@@ -1,9 +1,30 @@
+import multiprocessing
+import signal
+import subprocess
+import sys
 import threading
+from threading import Event, Thread
 
 import pytest
 import torch
 
 from mmrdpm import machine
+
+_INTERRUPTED = """
+import time, torch
+from mmrdpm import machine
+torch.set_num_threads(2)
+begun, done = [], []
+def work(thing):
+    begun.append(thing)
+    print("begun", flush=True)
+    time.sleep(0.5)
+    done.append(thing)
+try:
+    machine.side_by_side(work, range(20))
+except KeyboardInterrupt:
+    print(len(begun) < 20, len(begun) == len(done), torch.get_num_threads())
+"""
 
 
 @pytest.fixture
@@ -17,51 +38,113 @@ def four_threads():
 def numbers_of_threads():
     """What a thread that is new to torch, and this one, compute with."""
     found = []
-    fresh = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    fresh = Thread(target=lambda: found.append(torch.get_num_threads()))
     fresh.start()
     fresh.join()
     return [*found, torch.get_num_threads()]
 
 
-@pytest.mark.parametrize(("workers", "share"), [(2, 2), (3, 1), (8, 1)])
-def test_things_are_done_in_order_by_workers_with_their_share_of_threads(
-    four_threads, workers, share
-):
-    def look(thing):
-        return thing, torch.get_num_threads(), torch.is_inference_mode_enabled()
+def look(thing):
+    return thing, torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    assert machine.side_by_side(look, range(5), workers) == [(i, share, True) for i in range(5)]
-    assert machine.side_by_side(look, [7], workers) == [(7, share, True)]
+
+def test_things_are_done_in_order_on_one_core_each(four_threads):
+    assert machine.side_by_side(look, range(50)) == [(i, 1, True) for i in range(50)]
+    assert machine.side_by_side(look, [7]) == [(7, 1, True)]
+    assert machine.side_by_side(look, []) == []
     assert numbers_of_threads() == [4, 4]
 
 
-def test_an_error_of_a_worker_is_the_callers_and_threads_stay(four_threads):
+def test_as_many_at_once_as_torch_has_threads_and_with_one_in_the_callers():
+    before, together = torch.get_num_threads(), threading.Barrier(3)
+    try:
+        torch.set_num_threads(3)
+        met = machine.side_by_side(lambda _: sorted([together.wait(timeout=20)]), range(3))
+        assert sorted(met) == [[0], [1], [2]]  # none could go on before all three had come
+        torch.set_num_threads(1)
+        assert set(machine.side_by_side(lambda _: threading.get_ident(), range(3))) == {
+            threading.get_ident()
+        }
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_workers_compute_in_the_callers_types(four_threads):
+    a = torch.ones(4, 4)
+    with torch.autocast("cpu", torch.float16):
+        types = machine.side_by_side(lambda _: (a @ a).dtype, range(3))
+    assert set(types) == {torch.float16}
+    assert machine.side_by_side(lambda _: (a @ a).dtype, [0]) == [torch.float32]
+
+
+def test_an_error_of_a_worker_is_the_callers_and_what_waits_is_not_begun(four_threads):
+    begun, failed = [], Event()
+
     def fail(thing):
-        if thing == 1:
+        begun.append(thing)
+        if thing == 2:
+            failed.set()
             raise ValueError("no such thing")
+        assert failed.wait(timeout=20)
         return thing
 
     with pytest.raises(ValueError, match="no such thing"):
-        machine.side_by_side(fail, range(4), 2)
+        machine.side_by_side(fail, range(1000))
+    assert len(begun) < 1000
     assert numbers_of_threads() == [4, 4]
 
 
-def test_callers_take_turns_and_none_takes_anothers_share(four_threads):
-    shares = []
+def test_threads_that_begin_while_others_work_have_the_common_number(four_threads):
+    assert machine.side_by_side(lambda _: numbers_of_threads(), range(4)) == [[4, 1]] * 4
+    found = []
 
-    ready = threading.Barrier(3)
+    def call(caller):
+        found.append((caller, machine.side_by_side(lambda i: (caller, i), range(20))))
+        found.append((torch.get_num_threads(), []))
 
-    def call():
-        assert torch.get_num_threads() == 4
-        ready.wait()
-        for _ in range(10):
-            shares.extend(machine.side_by_side(lambda _: torch.get_num_threads(), range(4), 2))
-            shares.append(torch.get_num_threads() - 2)
-
-    callers = [threading.Thread(target=call) for _ in range(3)]
+    callers = [Thread(target=call, args=(caller,)) for caller in "abc"]
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join()
-    assert set(shares) == {2} and len(shares) == 150
+        caller.join(timeout=60)
+    assert sorted(found, key=str) == sorted(
+        [(c, [(c, i) for i in range(20)]) for c in "abc"] + [(4, [])] * 3, key=str
+    )
+
+
+def test_workers_that_cannot_begin_are_an_error_and_the_next_call_makes_them(
+    four_threads, monkeypatch
+):
+    machine._made.cache_clear()
+    start, started = Thread.start, []
+
+    def start_some(self):
+        started.append(self)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", start_some)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            machine.side_by_side(look, range(3))
     assert numbers_of_threads() == [4, 4]
+    assert machine.side_by_side(look, range(3)) == [(i, 1, True) for i in range(3)]
+
+
+def test_a_forked_process_makes_workers_of_its_own(four_threads):
+    machine.side_by_side(look, range(3))
+    forked = multiprocessing.get_context("fork")
+    child = forked.Process(target=machine.side_by_side, args=(look, range(3)))
+    child.start()
+    child.join(timeout=30)
+    assert child.exitcode == 0
+
+
+def test_ctrl_c_waits_for_what_is_at_work_and_begins_nothing_more():
+    command = [sys.executable, "-c", _INTERRUPTED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0].splitlines()
+    assert said[-1] == "True True 2"

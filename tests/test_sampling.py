@@ -7,6 +7,7 @@ from mmrdpm.document import ImageSegment, TextSegment, pack
 from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.sampling import image
 from mmrdpm.sampling.choose import Choice, choose, keep
 from mmrdpm.sampling.image import (
     _SEEN,
@@ -22,6 +23,7 @@ from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(text_size=20, codebook_size=8)
+_SHAPE = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "ffn": 48}
 
 
 def make_models(**variant):
@@ -30,10 +32,10 @@ def make_models(**variant):
     config = ImageTokenizerConfig(autoencoder, num_timesteps=3, codebook_size=8)
     tokenizer = ImageTokenizer(config).eval()
     tokenizer.codebook.codes.normal_()
-    shape = TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48, **variant)
+    shape = TransformerConfig(**{**_SHAPE, **variant})
     model = Transformer(shape, VOCABULARY.size, 4, 3)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=0.12)
     return model, tokenizer
 
 
@@ -49,8 +51,8 @@ def test_greedy_drawing_equals_a_whole_forward_pass_at_every_step():
     states = draw(caption, 7, temperature=0.0, guidance_scale=1.0)
     codes = torch.zeros(3, 2, 2, dtype=torch.int64)
     for timestep in (3, 2, 1):
-        image = ImageSegment(codes, states, (timestep,))
-        row = pack([[[TextSegment((v.bos, *caption, v.image_start)), image]]], 9, v, 4)
+        segment = ImageSegment(codes, states, (timestep,))
+        row = pack([[[TextSegment((v.bos, *caption, v.image_start)), segment]]], 9, v, 4)
         logits = model.logits(model(row))[0, -4:, v.code_offset :]
         codes[timestep - 1] = logits.argmax(-1).view(2, 2)
     noise = tokenizer.noise([7])
@@ -121,7 +123,9 @@ def test_seeds_and_guidance_change_the_image_and_nothing_else_does():
     assert not torch.equal(first, draw((3,), 1, guidance_scale=9.0))
 
 
-@pytest.mark.parametrize(("threads", "guidance_scale"), [(1, 2.0), (2, 2.0), (1, 1.0)])
+@pytest.mark.parametrize(
+    ("threads", "guidance_scale"), [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (1, 1.0)]
+)
 def test_an_image_is_the_same_to_the_bit_in_every_company_and_place(threads, guidance_scale):
     (model, tokenizer), before = make_models(), torch.get_num_threads()
     how = Guided(guidance_scale=guidance_scale)
@@ -162,46 +166,62 @@ def test_images_are_grouped_by_padded_length_and_only_where_bits_agree(monkeypat
     assert sampler.groups(requests) == [[i] for i in range(101)]
 
 
-def test_groups_are_drawn_side_by_side_only_where_bits_agree(monkeypatch):
-    model, tokenizer = make_models()
-    sampler, before = Sampler(model, tokenizer, VOCABULARY, Guided()), torch.get_num_threads()
-    groups = [[Request((1, 2), 16 * i + j) for j in range(16)] for i in range(3)]
-    used, draw, logits, honest = [], Sampler.draw, model.logits, Sampler._same_apart
+@pytest.fixture
+def seen(monkeypatch):
+    """On three threads, notes for each group that is drawn: its size, whether in a thread of its
+    own, and with how many cores."""
+    noted, before, draw = [], torch.get_num_threads(), Sampler.draw
 
-    def noted(self, group):
-        used.append(
-            (threading.get_ident(), torch.get_num_threads(), torch.is_inference_mode_enabled())
-        )
+    def noting(self, group):
+        apart = threading.current_thread() is not threading.main_thread()
+        noted.append((len(group), apart, torch.get_num_threads()))
         return draw(self, group)
 
-    def rounded_by_threads(hidden, ids):
-        return logits(hidden, ids) + 1e-6 * torch.get_num_threads()
+    monkeypatch.setattr(Sampler, "draw", noting)
+    torch.set_num_threads(3)
+    yield noted
+    torch.set_num_threads(before)
 
-    monkeypatch.setattr(Sampler, "draw", noted)
-    monkeypatch.setattr(Sampler, "_same_apart", lambda *_: True)
-    torch.set_num_threads(2)
-    try:
-        with torch.inference_mode():
-            apart = [draw(sampler, group) for group in groups]
-            for found, expected in zip(sampler.draw_all(groups), apart, strict=True):
-                torch.testing.assert_close(found, expected)
-            assert {(threads, inference) for _, threads, inference in used} == {(1, True)}
-            assert threading.get_ident() not in {thread for thread, *_ in used}
-            assert torch.get_num_threads() == 2
-            with torch.autocast("cpu", torch.bfloat16):  # which workers would know nothing of
-                used.clear()
-                sampler.draw_all(groups)
-                assert {thread for thread, *_ in used} == {threading.get_ident()}
-            used.clear()
-            monkeypatch.setattr(Sampler, "_same_apart", honest)
-            _SEEN.clear()
-            monkeypatch.setattr(model, "logits", rounded_by_threads)
-            sampler.draw_all(groups)
-            assert {(thread, threads) for thread, threads, _ in used} == {
-                (threading.get_ident(), 2)
-            }
-    finally:
-        torch.set_num_threads(before)
+
+def test_groups_are_the_work_of_one_core_and_large_images_of_all(seen, monkeypatch):
+    model, tokenizer = make_models()
+    requests = [Request((1, 2), seed) for seed in range(33)]
+    small = sample_images(model, tokenizer, VOCABULARY, requests, Guided())
+    assert sorted(seen) == [(1, True, 1), (16, True, 1), (16, True, 1)]
+    seen.clear()
+    monkeypatch.setattr(image, "_LIGHT", 1.0)
+    large = sample_images(model, tokenizer, VOCABULARY, requests, Guided())
+    assert seen == [(1, False, 3)] * 33
+    torch.testing.assert_close(small, large)
+
+
+def test_what_does_not_fill_vectors_is_drawn_alone(seen):
+    for shape in ({"ffn": 52}, {"heads": 4}):
+        seen.clear()
+        model, tokenizer = make_models(**shape)
+        requests = [Request((1, 2), seed) for seed in range(16)]
+        sample_images(model, tokenizer, VOCABULARY, requests, Guided())
+        assert seen == [(1, True, 1)] * 16
+
+
+def test_bits_are_tried_again_when_the_weights_have_changed(monkeypatch):
+    model, tokenizer = make_models()
+    sampler = Sampler(model, tokenizer, VOCABULARY, Guided())
+    requests, tried = [Request((1,), i) for i in range(16)], []
+    monkeypatch.setattr(
+        Sampler, "bits_are_the_same", lambda _, group, size: tried.append(size) or True
+    )
+    for _ in range(2):
+        assert sampler.groups(requests) == [list(range(16))]
+    assert tried == [1]
+    torch.nn.init.ones_(model.table.weight)
+    sampler.groups(requests)
+    assert tried == [1, 1]
+
+
+def test_no_images_of_no_requests():
+    model, tokenizer = make_models()
+    assert sample_images(model, tokenizer, VOCABULARY, [], Guided()).shape == (4, 0, 2, 2, 4)
 
 
 def test_images_that_see_their_history_are_computed_alone_on_the_cpu():

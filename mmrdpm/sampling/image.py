@@ -2,19 +2,18 @@
 
 The same request gives the same image, to the last bit, whatever its company. Rounding may depend
 on the shapes of a product, so images are computed in groups of fixed size with prompts padded to
-fixed lengths. A GPU always computes full groups. A CPU has large and small ones, computes alone
-what fills neither, and uses groups only where they are seen to give every image the bits it has
-alone. Its threads draw groups side by side, under the same condition. What has been seen of a model
-and a shape is not tried again.
+fixed lengths. A GPU always computes full groups. On a CPU each group is the work of one core, and
+several are drawn side by side; there are large and small ones, used only where they are seen to
+give every image the bits it has alone, and what fills neither is drawn alone. Images of large
+models are drawn one by one, by all cores.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -32,9 +31,11 @@ from mmrdpm.vocabulary import Vocabulary
 
 _GROUPS = {"cpu": (64, 256), "cuda": (2048,)}  # image positions in a group, about, by device
 _PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
-_WORKERS = 8  # at most, since each takes memory of its own; they share the threads of more cores
-_SEEN: WeakKeyDictionary[Transformer, dict[tuple, bool]] = WeakKeyDictionary()
-"""Whether bits agreed, by what decides the shapes and the order of sums."""
+_LIGHT = 2e9  # FLOP of an image's step, below which its matrices are too small to be divided
+_VECTOR = 64  # values, the most that a CPU computes at once: two registers of AVX-512 in bfloat16
+_SEEN: WeakKeyDictionary[Transformer, tuple[int, dict[tuple, bool]]] = WeakKeyDictionary()
+"""Whether bits agreed, by what decides the shapes; and the version of the weights it was tried on:
+the first ones of a training are zeros, whose sums agree in any order."""
 
 
 GuidanceSchedule = Literal["constant", "rising", "falling"]
@@ -93,13 +94,14 @@ def sample_images(
     Returns:
         Every state, float32 `[T + 1, B, *grid, C]`, row 0 the images' latents.
     """
-    states: dict[int, Tensor] = {}
     sampler = Sampler(model, tokenizer, vocabulary, how)
+    shape = (tokenizer.num_timesteps + 1, len(requests), *tokenizer.grid, tokenizer.latent_channels)
+    states = model.table.weight.new_empty(shape, dtype=torch.float32)
     groups = sampler.groups(requests)
     parts = [[requests[i] for i in group] for group in groups]
     for group, drawn in zip(groups, sampler.draw_all(parts), strict=True):
-        states |= dict(zip(group, drawn.unbind(1), strict=True))
-    return torch.stack([states[i] for i in range(len(requests))], dim=1)
+        states[:, group] = drawn
+    return states
 
 
 @dataclass(frozen=True)
@@ -113,44 +115,21 @@ class Sampler:
 
     @torch.inference_mode()
     def draw_all(self, groups: Sequence[Sequence[Request]]) -> list[Tensor]:
-        """The states of each group's images; a CPU draws several groups at once."""
-        workers = self._workers(groups)
-        if workers == 1:
-            return [self.draw(group) for group in groups]
-        return machine.side_by_side(self.draw, groups, workers)
+        """The states of each group's images."""
+        if self._on_cpu and self._light:
+            return machine.side_by_side(self.draw, groups)
+        return [self.draw(group) for group in groups]
 
-    def _workers(self, groups: Sequence[Sequence[Request]]) -> int:
-        """How many groups to draw at once: 1 where bits depend on a worker's number of threads."""
-        threads = torch.get_num_threads()
-        workers = min(threads, len(groups), _WORKERS)
-        on_cpu = self.model.table.weight.device.type == "cpu"
-        if workers == 1 or not on_cpu or self.model.config.history or _autocast():
-            return 1
-        firsts: dict[tuple[int, int], Sequence[Request]] = {}
-        for group in groups:
-            firsts.setdefault((_padded_length(group[0]), len(group)), group)
-        alike = all(
-            self._seen(
-                ("on threads", threads // workers, *shape),
-                partial(self._same_apart, group, workers),
-            )
-            for shape, group in firsts.items()
-        )
-        return workers if alike else 1
+    @property
+    def _on_cpu(self) -> bool:
+        return self.model.table.weight.device.type == "cpu"
 
-    def _same_apart(self, group: Sequence[Request], workers: int) -> bool:
-        """Whether a group has the same bits on a worker's threads and on all."""
-        (apart,) = machine.side_by_side(self._first_logits, [group], workers)
-        return torch.equal(apart, self._first_logits(group))
-
-    def _seen(self, what: tuple[Any, ...], check: Callable[[], bool]) -> bool:
-        """The result of a check, which is made once for each shape, type and number of threads."""
-        types = (self.model.table.weight.dtype, _autocast(), torch.get_num_threads())
-        key = (*what, self.tokenizer.grid, self.how.guidance_scale != 1, *types)
-        known = _SEEN.setdefault(self.model, {})
-        if key not in known:
-            known[key] = check()
-        return known[key]
+    @property
+    def _light(self) -> bool:
+        """Whether one core does a step about as soon as several; depends on no request."""
+        weights = sum(p.numel() for p in self.model.parameters())
+        positions = math.prod(self.tokenizer.grid) * (1 if self.how.guidance_scale == 1 else 2)
+        return 2 * weights * positions < _LIGHT
 
     def draw(self, group: Sequence[Request]) -> Tensor:
         """The states of a group's images, `[T + 1, G, *grid, C]`."""
@@ -167,13 +146,13 @@ class Sampler:
 
     def groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests, a group a list; one that is not full repeats its last request."""
-        device = self.model.table.weight.device.type
         positions = math.prod(self.tokenizer.grid)
-        sizes = sorted({max(1, group // positions) for group in _GROUPS[device]})
+        of_device = _GROUPS["cpu" if self._on_cpu else "cuda"]
+        sizes = sorted({max(1, group // positions) for group in of_device})
         alike: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(_padded_length(request), []).append(i)
-        if device != "cpu":
+        if not self._on_cpu:
             full = [part for waiting in alike.values() for part in _cut(waiting, sizes[-1])]
             return [group + group[-1:] * (sizes[-1] - len(group)) for group in full]
         found: list[list[int]] = []
@@ -191,19 +170,43 @@ class Sampler:
         With history the keys grow from step to step, so that the first speaks for no other.
         """
         trusted, below = list[int](), 1
-        if self.model.config.history:
+        if self.model.config.history or not self._light or not self._fills_vectors:
             return trusted
         for size in sizes:
             if size > 1:
-                group = alike[:size]
-                if len(group) < size:
-                    break
-                company = ("in company", _padded_length(group[0]), size, below)
-                if not self._seen(company, partial(self.bits_are_the_same, group, below)):
+                if len(alike) < size or not self._seen(alike[:size], below):
                     break
                 trusted.append(size)
                 below = size
         return trusted
+
+    @property
+    def _fills_vectors(self) -> bool:
+        """Whether all values of an image, or of its prompt, are computed several at once.
+
+        What is left over where they do not fill whole vectors goes through another exponential,
+        sine and cosine, whose last bits may differ, and which values those are depends on the
+        group.
+        """
+        config = self.model.config
+        positions = math.gcd(math.prod(self.tokenizer.grid), _PROMPT_MULTIPLE)
+        return all(positions * n % _VECTOR == 0 for n in (config.ffn, config.head_dim // 2))
+
+    def _seen(self, group: Sequence[Request], below: int) -> bool:
+        """The result of `bits_are_the_same`, tried once for a shape, type and state of weights."""
+        version = sum(p._version for p in self.model.parameters() if not p.is_inference())
+        seen_on, known = _SEEN.get(self.model, (None, {}))
+        if seen_on != version:
+            known = {}
+            _SEEN[self.model] = (version, known)
+        guided, autocast = self.how.guidance_scale != 1, torch.is_autocast_enabled("cpu")
+        shape = (len(group), below, _padded_length(group[0]), self.tokenizer.grid, guided)
+        types = (self.model.table.weight.dtype, autocast, torch.get_autocast_dtype("cpu"))
+        key = shape + types
+        if key not in known:
+            as_drawn = machine.side_by_side(lambda it: self.bits_are_the_same(it, below), [group])
+            known[key] = as_drawn[0]
+        return known[key]
 
     @torch.no_grad()
     def bits_are_the_same(self, group: Sequence[Request], size: int = 1) -> bool:
@@ -260,10 +263,6 @@ class Sampler:
         cond, uncond = logits.chunk(2)
         scale = guidance_at(self.how, timestep, self.tokenizer.num_timesteps)
         return uncond + scale * (cond - uncond)
-
-
-def _autocast() -> bool:
-    return torch.is_autocast_enabled("cpu")
 
 
 def _draws(seed: int) -> torch.Generator:
