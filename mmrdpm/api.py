@@ -74,7 +74,8 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
 
 
 def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokenizer) -> Transformer:
-    """A fresh transformer that fits the tokenizers."""
+    """A fresh transformer that fits the tokenizers; images then begin with noise that it knows."""
+    images.noise_pool = config.noise_pool
     channels, num_timesteps = images.latent_channels, images.num_timesteps
     transformer = Transformer(config, vocabulary.size, channels, num_timesteps)
     transformer.know_codes(images.codebook.codes)

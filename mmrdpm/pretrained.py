@@ -28,7 +28,7 @@ from mmrdpm.vocabulary import Vocabulary
 R = TypeVar("R")
 
 _SPECS = (language_model.CONFIG_FILE, checkpoint.RECIPE_FILE)
-_FREE = ("init_from", "sees_start_noise", "history", "code_geometry")
+_FREE = ("init_from", "sees_start_noise", "noise_pool", "history", "code_geometry")
 """Keys of the recipe, whatever it begins with."""
 _OF_IMAGES = ("from_latents.weight", "timesteps.weight", "from_codes.weight")
 """Drawn anew where they do not fit: other image tokenisers have other latents and codes."""

@@ -37,6 +37,8 @@ class TransformerConfig:
         heads, kv_heads: queries and shared keys and values; `kv_heads` divides `heads`.
         ffn: hidden width of the SwiGLU feed-forward.
         sees_start_noise: whether image positions enter with `x_T` beside `x_t`.
+        noise_pool: how many noises images begin with, the same ones for all; 0 is a new one every
+            time. The fewer, the sooner codes are learned by heart; drawing codes gives variety.
         history: whether a noisy block sees those of its image's earlier steps. Drawing shows all
             of them: learn all timesteps of an image at once, `data.steps_per_image` = T.
         code_geometry: whether the score of an image code has, beside its row of the table, a part
@@ -61,6 +63,7 @@ class TransformerConfig:
     kv_heads: int = field(default=4, metadata={"min": 1})
     ffn: int = field(default=704, metadata={"min": 8})
     sees_start_noise: bool = True
+    noise_pool: int = field(default=0, metadata={"min": 0})
     history: bool = False
     code_geometry: bool = False
     init_from: str = ""

@@ -3,6 +3,7 @@ import threading
 import pytest
 import torch
 
+from mmrdpm.api import build
 from mmrdpm.document import ImageSegment, TextSegment, pack
 from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
@@ -244,6 +245,19 @@ def test_bits_that_depend_on_the_company_are_noticed(monkeypatch):
 
     monkeypatch.setattr(model, "logits", rounded_by_shape)
     assert not sampler.bits_are_the_same(group)
+
+
+def test_a_noise_pool_holds_so_many_starts_and_codes_vary_all_the_same():
+    model, tokenizer = make_models(noise_pool=2)
+    build(model.config, VOCABULARY, tokenizer)
+    requests = [Request((1, 2), seed) for seed in range(4)]
+    states = sample_images(model, tokenizer, VOCABULARY, requests, Guided())
+    for seed in range(4):
+        assert torch.equal(states[-1, seed], states[-1, seed % 2])
+    assert not torch.equal(states[-1, 0], states[-1, 1])
+    assert len({image.sum().item() for image in states[0].unbind()}) == 4
+    build(TransformerConfig(**_SHAPE), VOCABULARY, tokenizer)
+    assert not torch.equal(tokenizer.noise([0]), tokenizer.noise([2]))
 
 
 def test_ids_that_top_k_drops_are_never_drawn():

@@ -1,6 +1,7 @@
 """Runs as a user starts them: real processes, stopped and killed for real."""
 
 import json
+import math
 import random
 import resource
 import signal
@@ -142,6 +143,16 @@ def test_the_objective_does_not_depend_on_how_a_batch_is_split(tiny_recipe, tmp_
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     for name, tensor in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], tensor, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("pool", "starts"), [(1, 1), (2, 2), (0, None)])
+def test_pictures_begin_with_the_noises_of_the_pool(tiny_recipe, tmp_path, pool, starts):
+    path = changed(tiny_recipe, tmp_path, model={"noise_pool": pool}, data={"rows": 6})
+    trainer = Trainer(recipe.load(ModelRecipe, path), tmp_path / "run")
+    batch, channels = trainer.loader.batch(), trainer.images.latent_channels
+    begun = batch.latents[batch.timesteps == trainer.images.num_timesteps]  # of whole grids
+    begun = begun.view(-1, math.prod(trainer.images.grid), 2 * channels)[..., channels:]
+    assert len(begun) > 2 and len(begun.unique(dim=0)) == (starts or len(begun))
 
 
 def test_the_average_is_what_is_saved_and_survives_a_stop(tiny_recipe, tmp_path):

@@ -66,11 +66,17 @@ class TokenRecord:
 
 
 class ImageTokenizer(nn.Module):
-    """Autoencoder, schedule, trajectory and codebook as one thing."""
+    """Autoencoder, schedule, trajectory and codebook as one thing.
+
+    Attributes:
+        noise_pool: how many noises there are; 0 is one for each seed. A model that knows no others
+            sets it.
+    """
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
+        self.noise_pool = 0
         self.autoencoder = make_autoencoder(config.autoencoder)
         self.schedule = Schedule(config.schedule, config.num_timesteps)
         self.trajectory = make_trajectory(config.trajectory, self.schedule, config.eta)
@@ -106,8 +112,11 @@ class ImageTokenizer(nn.Module):
         """The noise of token records: float32 `[num_noises, B, *grid, C]`, by default square.
 
         Each record draws from its own generator on the CPU, so its noise depends on nothing but
-        its seed: not on the batch, nor on the device.
+        its seed: not on the batch, nor on the device. With a `noise_pool` of N, seeds that are
+        equal modulo N have the same noise.
         """
+        if self.noise_pool:
+            seeds = [seed % self.noise_pool for seed in seeds]
         shape = (self.trajectory.num_noises, *(grid or self.grid), self.latent_channels)
         noises = [
             torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
