@@ -33,7 +33,13 @@ class Ours(Peer):
     def __init__(self, shape: Shape, scene: Scene) -> None:
         super().__init__()
         config = TransformerConfig(
-            shape.layers, shape.width, shape.heads, shape.heads, shape.ffn, code_geometry=True
+            shape.layers,
+            shape.width,
+            shape.heads,
+            shape.heads,
+            shape.ffn,
+            noise_pool=shape.noise_pool,
+            code_geometry=True,
         )
         self.scene = scene
         self.shares = torch.from_numpy(by_the_way(scene.images.trajectory.schedule))
