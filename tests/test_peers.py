@@ -2,6 +2,7 @@
 """Every peer on pictures of 2x2 positions: conventions, caches, resuming, the whole command."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -269,10 +270,23 @@ def test_a_killed_run_goes_on_exactly(tiny, scene, tmp_path, monkeypatch):
         assert torch.equal(tensor, again.peer.state_dict()[name]), name
 
 
-def test_a_loss_that_is_not_finite_names_the_learning_rate(tiny, scene, tmp_path):
-    trainer = Trainer("flow", tiny, scene, tmp_path, lr=0.5, steps=6)
-    torch.nn.init.constant_(trainer.peer.table.weight, float("nan"))
-    with pytest.raises(UsageError, match=r"learning rate 0\.5: begin anew.*flow\.lrs"):
+def test_updates_that_are_not_finite_are_skipped_and_five_in_a_row_name_the_learning_rate(
+    tiny, scene, tmp_path, monkeypatch
+):
+    trainer = Trainer("flow", tiny, scene, tmp_path, lr=0.5, steps=9)
+    losses = iter([0.1, math.nan, 0.2, *[math.inf] * 5])
+    honest = trainer.peer.loss
+    monkeypatch.setattr(trainer.peer, "loss", lambda batch: honest(batch) * next(losses))
+    for learns in (True, False, True):
+        before = trainer.peer.table.weight.clone()
+        trainer.update()
+        assert torch.equal(before, trainer.peer.table.weight) != learns
+    assert (trainer.step, trainer.skipped) == (3, 1)
+    for _ in range(4):
+        trainer.update()
+    with pytest.raises(
+        UsageError, match=r"5 updates up to 8, with the learning rate 0\.5: begin.*lrs"
+    ):
         trainer.update()
 
 

@@ -184,7 +184,8 @@ class Run:
             try:
                 if not fit(trainer, run, [steps], lambda monitor: None):
                     return False
-                found[f"{lr:g}"] = sum(trainer.last_losses) / len(trainer.last_losses)
+                last = trainer.last_losses
+                found[f"{lr:g}"] = sum(last) / len(last) if last else None
             except Diverged:
                 found[f"{lr:g}"] = None
             self._note(search=found)
@@ -255,6 +256,7 @@ class Run:
             "psnr": self._psnr(trainer),
             "batch_size": trainer.shape.batch_size,
             "updates": trainer.step,
+            "skipped": trainer.skipped,
             **self.plan,
             "seconds": trainer.seconds,
             "training_megabytes": megabytes,

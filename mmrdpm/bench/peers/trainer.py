@@ -19,6 +19,7 @@ from mmrdpm.monitor import Monitor
 from mmrdpm.optim import Optimizers, learning_rate
 
 _COUNTED = 4  # updates whose FLOPs are averaged: captions differ in length
+_PATIENCE = 5  # updates in a row that are not finite
 _LAST = 0.2  # share of the updates whose mean loss a learning rate is judged by
 
 
@@ -31,6 +32,7 @@ class Trainer:
 
     Attributes:
         seconds: wall-clock spent on updates.
+        skipped: updates that changed nothing, as their loss or gradient was not finite.
         last_losses: of the last fifth of the updates.
     """
 
@@ -39,6 +41,7 @@ class Trainer:
     ) -> None:
         self.name, self.recipe, self.scene = name, recipe, scene
         self.lr, self.steps, self.step, self.seconds = lr, steps, 0, 0.0
+        self.skipped, self._bad = 0, 0
         self.last_losses: list[float] = []
         self.device = machine.device()
         self.dtype = machine.matrix_dtype(recipe.equal.precision, self.device)
@@ -63,23 +66,30 @@ class Trainer:
     def update(self) -> float:
         """One optimiser step; gives the loss.
 
+        An update whose loss or gradient is not finite leaves the weights as they are, as in
+        `mmrdpm train`.
+
         Raises:
-            Diverged: the loss is not finite.
+            Diverged: it is the fifth such update in a row.
         """
         begun = time.perf_counter()
         loss = self.backward(self.step)
-        if not (math.isfinite(loss) and math.isfinite(self.optimizers.clip())):
+        if math.isfinite(loss) and math.isfinite(self.optimizers.clip()):
+            warmup = round(self.recipe.equal.warmup * self.steps)
+            self.optimizers.step(learning_rate(self.lr, self.step, self.steps, warmup))
+            self._bad = 0
+        else:
+            self.skipped, self._bad = self.skipped + 1, self._bad + 1
+        if self._bad == _PATIENCE:
             raise Diverged(
-                f"{self.name}: the loss or its gradient is not finite at update {self.step + 1}"
-                f" with the learning rate {self.lr:g}: begin anew in another folder without it in"
-                f" {self.name}.lrs"
+                f"{self.name}: the loss or its gradient is not finite, {_PATIENCE} updates up to"
+                f" {self.step + 1}, with the learning rate {self.lr:g}: begin anew in another"
+                f" folder without it in {self.name}.lrs"
             )
-        warmup = round(self.recipe.equal.warmup * self.steps)
-        self.optimizers.step(learning_rate(self.lr, self.step, self.steps, warmup))
         self.optimizers.clear()
         self.step += 1
         self.seconds += time.perf_counter() - begun
-        if self.step > self.steps * (1 - _LAST):
+        if self.step > self.steps * (1 - _LAST) and math.isfinite(loss):
             self.last_losses.append(loss)
         return loss
 
@@ -99,6 +109,7 @@ class Trainer:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "skipped": self.skipped,
             "last_losses": self.last_losses,
             "optimizers": self.optimizers.state(),
         }
@@ -111,6 +122,7 @@ class Trainer:
         weights.load_into(self.peer, path)
         state = checkpoint.state_of(path)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped = state.get("skipped", 0)  # runs of earlier versions ended at the first
         self.last_losses = state["last_losses"]
         self.optimizers.restore(state["optimizers"])
 
