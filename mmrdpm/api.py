@@ -225,7 +225,7 @@ class Model:
             guided = replace(self.sampling, **how)  # type: ignore[arg-type]
         except TypeError as error:
             raise UsageError(f"generate: {error}") from None
-        captions = {prompt: self._prompt(prompt) for prompt, _ in drawn}
+        captions = {prompt: self.prompt_ids(prompt) for prompt, _ in drawn}
         requests = [Request(captions[prompt], check_seed(seed)) for prompt, seed in drawn]
         return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
 
@@ -269,7 +269,12 @@ class Model:
         channels, rank = self.images.latent_channels, len(self.images.grid)
         return pack([[document]], size, self.vocabulary, channels, rank).to(self._device)
 
-    def _prompt(self, prompt: str) -> tuple[int, ...]:
+    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """The token ids of what is to be drawn.
+
+        Raises:
+            UsageError: it is empty or too long.
+        """
         if not prompt.strip():
             raise UsageError("the prompt is empty: say what to draw")
         ids = tuple(self.texts.encode(prompt))

@@ -109,20 +109,38 @@ def record(run: Path, resolved: Any, tokenizers: Mapping[str, tuple[Path, Sequen
         tokenizers: places in the run's folder, and the folders of which files are copied there.
 
     Raises:
-        CheckpointError: something could not be written.
+        CheckpointError: something could not be written, or the folder holds other tokenizers.
     """
     path = run / RECIPE_FILE
     if path.exists():
         return
     try:
         for place, (source, files) in tokenizers.items():
-            shutil.rmtree(run / place, ignore_errors=True)  # what a killed start has left
-            copy_files(source, run / place, files)
+            _bring(source, run / place, files)
         partial = path.with_name(path.name + ".partial")
         recipe.dump(resolved, partial)
         partial.replace(path)
     except OSError as error:
         raise CheckpointError(f"{run}: the run could not begin: {error}: make room") from None
+
+
+def _bring(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copies a tokeniser whole or not at all; one that is there must be the same, byte by byte."""
+    if target.exists():
+        for name in names:
+            here, there = target / name, source / name
+            if here.is_file() != there.is_file() or (
+                here.is_file() and here.read_bytes() != there.read_bytes()
+            ):
+                raise CheckpointError(
+                    f"{here}: is not that of {source}, which the run would begin with: name"
+                    " another folder, or take it away"
+                )
+        return
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed start has left
+    copy_files(source, partial, names)
+    partial.rename(target)
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,15 +34,17 @@ def export(run: Path, folder: Path, overrides: Sequence[str] = (), int8: bool = 
         raise CheckpointError(f"{folder}: exists already: name another folder, or remove it")
     tensors, about = weights.load(newest)
     resolved = recipe.load(ModelRecipe, run / checkpoint.RECIPE_FILE, overrides)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for place, files in TOKENIZER_FILES.items():
-        checkpoint.copy_files(run / place, partial / place, files)
-    recipe.dump(resolved, partial / checkpoint.RECIPE_FILE)
     half = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
     for name, tensor in half.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{newest}: tensor {name!r} does not fit into float16")
     small = weights.narrowed(tensors) if int8 else half
-    weights.save(small, partial / newest.name, about)
-    return partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the folder, to be moved there whole, and in a folder of its own, so that it is ours
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        whole = Path(beside) / folder.name
+        for place, files in TOKENIZER_FILES.items():
+            checkpoint.copy_files(run / place, whole / place, files)
+        recipe.dump(resolved, whole / checkpoint.RECIPE_FILE)
+        weights.save(small, whole / newest.name, about)
+        return whole.rename(folder)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from mmrdpm import distributed
-from mmrdpm.errors import RecipeError
+from mmrdpm.errors import CheckpointError, RecipeError
 
 
 class Log(Protocol):
@@ -68,15 +68,19 @@ class JsonLines:
 
 def _kept(path: Path, done: int) -> IO[str]:
     """The file, open for more, with the records up to step `done`."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    kept, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
             if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-        except ValueError:
-            break
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):  # cut off by a kill
+                break
+            raise CheckpointError(
+                f"{path}:{number}: no record of a run: remove the line, or move the file away"
+            ) from None
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     os.replace(partial, path)
     return open(path, "a", encoding="utf-8")
 

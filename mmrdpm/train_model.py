@@ -76,7 +76,7 @@ class Training:
     """
 
     steps: int = field(default=6000, metadata={"min": 1})
-    lr: float = field(default=3e-3, metadata={"min": 0.0})
+    lr: float = field(default=3e-3, metadata={"min": 0.0, "max": 1e30})
     warmup: int = field(default=100, metadata={"min": 0})
     schedule: Schedule = "cosine"
     decay: float = field(default=0.2, metadata={"min": 0.0, "max": 1.0})
@@ -87,7 +87,7 @@ class Training:
     precision: Precision = "auto"
     attention: Name = "auto"
     seed: int = field(default=0, metadata={"min": 0, "max": 2**63 - 1})
-    threads: int = field(default=2, metadata={"min": 1})
+    threads: int = field(default=2, metadata={"min": 1, "max": 1024})
     parallel: Wanted = "auto"
     micro_batch_size: int = field(default=0, metadata={"min": 0})
     recompute: bool = False
@@ -138,6 +138,8 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
         )
         with checkpoint.claimed(run):
             trainer = Trainer(recipe, run)
+            for prompt in recipe.samples.prompts:
+                trainer.model().prompt_ids(prompt)  # a faulty one should not leave half a run
             distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers))
             return _loop(trainer.recipe, run, trainer)
 
@@ -377,17 +379,12 @@ class Trainer:
 
     def model(self) -> Model:
         """The model as it stands, its weights averaged if they are, to sample from."""
-        transformer = self.transformer
+        transformer, recipe = self.transformer, self.recipe
         if self.average:
-            transformer = build(self.recipe.model, self.vocabulary, self.images).to(self.device)
+            transformer = build(recipe.model, self.vocabulary, self.images).to(self.device)
             weights.fill(transformer, self.average.tensors)
-        return Model(
-            transformer,
-            self.images,
-            self.texts,
-            self.recipe.sampling,
-            self.recipe.data.seq_len,
-        )
+        context = recipe.data.seq_len
+        return Model(transformer, self.images, self.texts, recipe.sampling, context)
 
     def sample(self, monitor: Monitor) -> None:
         """Draws and captions into the log, on rank 0.

@@ -7,6 +7,7 @@ can stop anywhere and go on as if it had not, and under torchrun all ranks train
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from mmrdpm.data.images import ImagePlan, check_batches, open_images
 from mmrdpm.data.texts import TextPlan, read_texts
 from mmrdpm.errors import CheckpointError
 from mmrdpm.monitor import Monitor
+from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
 from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.tokenizer_plan import ImageTokenizerTraining
@@ -56,8 +58,7 @@ def train_text(recipe: TextTokenizerRecipe, folder: Path) -> TextTokenizer:
         DataError: a source cannot be read, or too many of its records are broken.
         RecipeError: there are not ids enough.
     """
-    if (folder / checkpoint.RECIPE_FILE).exists():
-        raise CheckpointError(f"{folder}: holds a tokeniser already: name another folder")
+    _check_free(folder, text_tokenizer.FILES)
     fit = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
     tokenizer = fit[recipe.model](read_texts(recipe.data), recipe.vocab_size)
     tokenizer.save(folder)
@@ -93,7 +94,18 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
 def _open(recipe: ImageTokenizerRecipe, run: Path, resume: bool) -> None:
     resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
     checkpoint.begin(run, recipe, resume, MACHINE_KEYS)
+    if not resume:
+        _check_free(run, image_tokenizer.FILES)
     checkpoint.record(run, recipe, {})
+
+
+def _check_free(folder: Path, files: Sequence[str]) -> None:
+    """A tokeniser may lie there without a recipe, as in every run of a model."""
+    for name in (checkpoint.RECIPE_FILE, *files):
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder}: holds a tokeniser already ({name}): name another folder"
+            )
 
 
 def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) -> bool:

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from mmrdpm import checkpoint, distributed, recipe, weights
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.errors import CheckpointError
+from mmrdpm.monitor import JsonLines
 
 
 def test_a_tree_comes_back_as_it_was(tmp_path):
@@ -155,3 +156,33 @@ def test_a_state_that_is_no_tree_is_refused(tree, tmp_path):
     weights.save({}, path, {"tree": tree})
     with pytest.raises(CheckpointError, match="not a resume state"):
         checkpoint.load_tree(path)
+
+
+def test_a_run_never_takes_away_tokenizers_that_lie_in_its_folder(tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    for folder, text in ((source, "ours"), (run / "image", "another")):
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.yaml").write_text(text)
+    (run / "image" / "notes.txt").write_text("keep me")
+    tokenizers = {"image": (source, ("tokenizer.yaml", "weights"))}
+    with pytest.raises(CheckpointError, match=r"image/tokenizer\.yaml: is not that of .*source"):
+        checkpoint.record(run, CheckpointPolicy(), tokenizers)
+    assert (run / "image" / "tokenizer.yaml").read_text() == "another"
+    assert not (run / "recipe.yaml").exists()
+    own = {"image": (run / "image", ("tokenizer.yaml", "weights"))}  # begun anew on its own
+    checkpoint.record(run, CheckpointPolicy(), own)
+    assert (run / "image" / "tokenizer.yaml").read_text() == "another"
+    assert (run / "image" / "notes.txt").exists() and (run / "recipe.yaml").exists()
+
+
+def test_a_damaged_record_in_the_middle_of_a_log_is_named_and_nothing_lost(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    for wrong in (b"{torn", b"\xff", b'{"step": "x"}', b"{}"):
+        content = b'{"step": 1}\n' + wrong + b'\n{"step": 2}\n'
+        log.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: no record"):
+            JsonLines(log, 2)
+        assert log.read_bytes() == content
+    log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"ste')  # as a kill leaves it
+    JsonLines(log, 1).close()
+    assert log.read_bytes() == b'{"step": 1}\n'

@@ -10,6 +10,7 @@ import mmrdpm
 from mmrdpm import weights
 from mmrdpm.cli import main
 from mmrdpm.errors import CheckpointError
+from mmrdpm.export import export
 
 
 def test_an_export_is_the_same_model_in_float16_without_the_state_of_training(
@@ -79,3 +80,12 @@ def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("mmrdpm ")
+
+
+def test_an_export_touches_nothing_but_its_folder(tiny_run, tmp_path):
+    beside = tmp_path / "shipped.partial"
+    beside.mkdir()
+    (beside / "thesis.txt").write_text("mine")
+    export(tiny_run, tmp_path / "shipped")
+    assert (beside / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shipped", "shipped.partial"]

@@ -16,7 +16,7 @@ import yaml
 from mmrdpm import checkpoint, machine, recipe, weights
 from mmrdpm.data import emoji_stream
 from mmrdpm.engine.guard import Guard, GuardConfig
-from mmrdpm.errors import TrainingError
+from mmrdpm.errors import TrainingError, UsageError
 from mmrdpm.train_model import ModelRecipe, Trainer, train
 
 
@@ -153,6 +153,13 @@ def test_pictures_begin_with_the_noises_of_the_pool(tiny_recipe, tmp_path, pool,
     begun = batch.latents[batch.timesteps == trainer.images.num_timesteps]  # of whole grids
     begun = begun.view(-1, math.prod(trainer.images.grid), 2 * channels)[..., channels:]
     assert len(begun) > 2 and len(begun.unique(dim=0)) == (starts or len(begun))
+
+
+def test_a_faulty_prompt_leaves_no_run(tiny_recipe, tmp_path):
+    path = changed(tiny_recipe, tmp_path, samples={"prompts": ["red heart", " "]})
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        train(recipe.load(ModelRecipe, path), tmp_path / "run")
+    assert not (tmp_path / "run" / checkpoint.RECIPE_FILE).exists()
 
 
 def test_the_average_is_what_is_saved_and_survives_a_stop(tiny_recipe, tmp_path):
