@@ -18,6 +18,12 @@ from mmrdpm.rdpm.perceptual import PerceptualLoss
 from mmrdpm.rdpm.reconstruction import LossConfig, Reconstruction, adaptive_weight
 from mmrdpm.rdpm.usage import CollapseConfig, Usage
 from mmrdpm.tokenizer_plan import ImageTokenizerTraining
+from mmrdpm.train_tokenizer import (
+    ImageTokenizerRecipe,
+    TextTokenizerRecipe,
+    train_image,
+    train_text,
+)
 
 
 def test_usage_worked_by_hand():
@@ -174,3 +180,19 @@ def test_a_network_of_half_precision_judges_in_single(backbone, tmp_path):
     a, b = torch.rand(2, 1, 3, 32, 32) * 2 - 1
     half, single = (PerceptualLoss(str(p), 32)(a, b).item() for p in (tmp_path, backbone))
     assert half == pytest.approx(single, rel=1e-2)
+
+
+def test_a_tokeniser_without_a_recipe_is_never_written_over(tmp_path, tiny_tokenizers):
+    """As in the folder of every model."""
+    for kind, recipe_class, begin in (
+        ("image", ImageTokenizerRecipe, train_image),
+        ("text", TextTokenizerRecipe, train_text),
+    ):
+        own = tmp_path / kind
+        shutil.copytree(tiny_tokenizers / kind, own)
+        (own / "recipe.yaml").unlink(missing_ok=True)
+        before = {path.name: path.read_bytes() for path in own.iterdir()}
+        with pytest.raises(CheckpointError, match="holds a tokeniser already"):
+            begin(recipe_class(), own)
+        after = {path.name: path.read_bytes() for path in own.iterdir() if path.name != ".lock"}
+        assert after == before

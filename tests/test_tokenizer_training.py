@@ -22,12 +22,7 @@ from mmrdpm.errors import CheckpointError, DataError, MmrdpmError, RecipeError, 
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.reconstruction import LossConfig
 from mmrdpm.train_model import ModelRecipe, train
-from mmrdpm.train_tokenizer import (
-    ImageTokenizerRecipe,
-    TextTokenizerRecipe,
-    train_image,
-    train_text,
-)
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
 OWN = {"image_size": 32, "latent_channels": 4, "patch": 4, "widths": [8, 16], "blocks": 1}
 KL = {
@@ -403,19 +398,3 @@ def test_the_autoencoder_of_a_stopped_run_is_not_lost(finished, full_recipe, tmp
     here = image_tokenizer.load(tmp_path / "run").autoencoder.encoder.state_dict()
     wanted = {name: there[f"autoencoder.encoder.{name}"] for name in here}
     torch.testing.assert_close(here, wanted, atol=1e-3, rtol=1e-3)
-
-
-def test_a_tokeniser_without_a_recipe_is_never_written_over(tmp_path, tiny_tokenizers):
-    """As in the folder of every model."""
-    for kind, recipe_class, begin in (
-        ("image", ImageTokenizerRecipe, train_image),
-        ("text", TextTokenizerRecipe, train_text),
-    ):
-        own = tmp_path / kind
-        shutil.copytree(tiny_tokenizers / kind, own)
-        (own / "recipe.yaml").unlink(missing_ok=True)
-        before = {path.name: path.read_bytes() for path in own.iterdir()}
-        with pytest.raises(CheckpointError, match="holds a tokeniser already"):
-            begin(recipe_class(), own)
-        after = {path.name: path.read_bytes() for path in own.iterdir() if path.name != ".lock"}
-        assert after == before
