@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -167,8 +168,21 @@ def load(folder: Path) -> TextTokenizer:
         raise CheckpointError(f"{path}: not a readable text tokeniser: {reason}") from None
 
 
+def _from_the_first_word(texts: Iterable[str]) -> Iterator[str]:
+    """The texts without blank ones before the first that is not, which must be there."""
+    rest = dropwhile(lambda text: not text.strip(), texts)
+    first = next(rest, None)
+    if first is None:
+        raise DataError("there are no texts to learn a tokeniser from: name sources that hold some")
+    return chain([first], rest)
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Byte-level BPE of at most `vocab_size` ids (at least the 256 bytes)."""
+    """Byte-level BPE of at most `vocab_size` ids (at least the 256 bytes).
+
+    Raises:
+        DataError: there are no texts, or blank ones alone.
+    """
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -177,7 +191,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator(_from_the_first_word(texts), trainer)
     return BPE(model)
 
 
@@ -185,13 +199,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """SentencePiece BPE of `vocab_size` ids with byte fallback and no normalisation.
 
     Raises:
-        DataError: there are no texts.
+        DataError: there are no texts, or blank ones alone.
         RecipeError: there are not ids enough for bytes and characters.
     """
     model = io.BytesIO()
-    texts = [*texts]  # what is wrong with them should not be told by the library's own errors
-    if not texts:
-        raise DataError("there are no texts to learn a tokeniser from: name sources that hold some")
+    # all at once: what is wrong with them should not be told by the library's own errors
+    texts = [*_from_the_first_word(texts)]
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(SentencePiece._escape(text) for text in texts),

@@ -24,7 +24,7 @@ from mmrdpm import weights
 from mmrdpm.data.pictures import PictureError, picture_of, to_square, to_tensor
 from mmrdpm.data.records import Broken, Indexed, Pair, Record, Sharded, Source
 from mmrdpm.data.sources.cached import MANIFEST, Manifest, read_manifest, shard_path
-from mmrdpm.errors import DataError
+from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 
 _BATCH = 32  # images through the autoencoder at once
@@ -105,12 +105,22 @@ class CacheWriter:
         return [i for i in every if not shard_path(self.folder, i).exists()]
 
     def totals(self) -> tuple[int, Counter[str]]:
-        """Over the shards that are there: records seen, and those left out by cause."""
+        """Over the shards that are there: records seen, and those left out by cause.
+
+        Raises:
+            DataError: a shard is damaged, or another kind of file.
+        """
         seen, broken = 0, Counter[str]()
         for index in set(range(self.manifest.shards)) - set(self.missing()):
             path = shard_path(self.folder, index)
-            causes = Counter[str](weights.metadata(path)["skipped"])
-            seen += weights.shapes(path)["ends"][0] + causes.total()
+            try:
+                causes = Counter[str](weights.metadata(path)["skipped"])
+                seen += weights.shapes(path)["ends"][0] + causes.total()
+            except (CheckpointError, LookupError, TypeError):
+                raise DataError(
+                    f"{path}: is damaged, or no shard of a latent cache: delete it and run the"
+                    " same command again, which makes it anew"
+                ) from None
             broken += causes
         return seen, broken
 

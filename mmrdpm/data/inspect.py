@@ -14,7 +14,16 @@ import numpy as np
 from PIL import Image
 
 from mmrdpm.data.pictures import PictureError, contact_sheet, picture_of, to_square
-from mmrdpm.data.records import Broken, Indexed, Interleaved, Pair, Picture, Record, Source, Text
+from mmrdpm.data.records import (
+    Broken,
+    Interleaved,
+    Pair,
+    Picture,
+    Record,
+    Source,
+    Text,
+    first_epoch,
+)
 from mmrdpm.data.sources import SourceConfig, Type
 from mmrdpm.errors import DataError
 
@@ -66,10 +75,8 @@ def inspect(source: Source, count: int, seed: int = 0) -> Findings:
     Raises:
         DataError: the source cannot be read at all.
     """
-    if isinstance(source, Indexed):
-        count = min(count, len(source))
     findings = Findings()
-    for _, record in islice(source.records(0, 1, str(seed), None), count):
+    for record in first_epoch(source, str(seed), count):
         _look(record, findings)
     return findings
 
@@ -111,6 +118,11 @@ def _text(text: str, kind: str, findings: Findings) -> str:
     if kind and not text.strip():
         findings.problems[f"empty {kind}"] += 1
     findings.lengths.append(len(text))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate
+        findings.problems["not Unicode text"] += 1
+        return f"PROBLEM: not Unicode text ({error})"
     shown = " ".join(text[: 2 * _SHOWN].split())
     return f"{len(text)} characters: {shown[:_SHOWN]}{'...' if len(shown) > _SHOWN else ''}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -94,12 +95,17 @@ class LineFiles:
 
 def _spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """First byte and end of every line that is not blank, int64."""
-    breaks, size = [np.array([-1])], 0
     with open(path, "rb") as stream:
+        marked = stream.read(len(BOM_UTF8)) == BOM_UTF8
+        stream.seek(0)
+        breaks, size = [np.array([len(BOM_UTF8) - 1 if marked else -1])], 0
         while chunk := stream.read(_CHUNK):
             breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
             size += len(chunk)
     ends = np.append(np.concatenate(breaks), size)
     starts, ends = ends[:-1] + 1, ends[1:]
     kept = ends > starts
+    single = np.flatnonzero(ends - starts == 1)
+    if single.size:  # a blank line of a file from Windows is "\r"
+        kept[single] = np.memmap(path, np.uint8, "r")[starts[single]] != ord("\r")
     return starts[kept], ends[kept]

@@ -40,7 +40,8 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
     """Reads one picture as RGB, turned upright, transparent parts on white.
 
     Raises:
-        PictureError: it is missing, no picture, damaged, or larger than `MAX_PIXELS`.
+        PictureError: it is missing, no picture, damaged, of floating point pixels, or larger
+            than `MAX_PIXELS`.
     """
     where = name or str(source)
     try:
@@ -52,6 +53,10 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
                         where,
                         f"more pixels than the limit of {MAX_PIXELS // 10**6} megapixels",
                         f" ({picture.width}x{picture.height}): make it smaller first",
+                    )
+                if picture.mode == "F":  # nothing says which values are black and white
+                    raise PictureError(
+                        where, "floating point pixels", ": save it with 8 bits a channel"
                     )
                 return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:

@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +141,15 @@ class Sharded(Source):
             empty_epochs = empty_epochs + 1 if empty else 0
             if empty_epochs == _EMPTY_EPOCHS:
                 raise DataError(f"{self}: the shards hold no records")
+
+
+def first_epoch(source: Source, seed: str, limit: int) -> Iterator[Record]:
+    """At most `limit` records of a source in a shuffled order, and no more than it has."""
+    limit = min(limit, len(source)) if isinstance(source, Indexed) else limit
+    for place, record in islice(source.records(0, 1, seed, None), limit):
+        if not isinstance(source, Indexed) and place[0] > 0:  # the next epoch of its shards
+            return
+        yield record
 
 
 def shuffled(position: int, size: int, seed: str, epoch: int) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.packing import check_broken
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import Broken, Indexed, Interleaved, Record, Source, Text
+from mmrdpm.data.records import Broken, Interleaved, Record, Text, first_epoch
 from mmrdpm.data.sources import SourceConfig, open_source
 
 
@@ -46,9 +45,9 @@ def read_texts(plan: TextPlan) -> Iterator[str]:
         yield from load_glosses()
     for name, config in plan.sources.items():
         broken: Counter[str] = Counter()
-        records = _once(open_source(name, config), round(plan.records * config.weight))
+        source, limit = open_source(name, config), round(plan.records * config.weight)
         seen, last = 0, None
-        for record in records:
+        for record in first_epoch(source, "texts", limit):
             seen += 1
             fault = record if isinstance(record, Broken) else _not_unicode(record)
             if fault:
@@ -66,15 +65,6 @@ def _not_unicode(record: Record) -> Broken | None:
     except UnicodeEncodeError as error:
         return Broken(record.key, "not Unicode text", str(error)[:200])
     return None
-
-
-def _once(source: Source, limit: int) -> Iterator[Record]:
-    """At most `limit` records of a source in a shuffled order, and no more than it has."""
-    limit = min(limit, len(source)) if isinstance(source, Indexed) else limit
-    for place, record in islice(source.records(0, 1, "texts", None), limit):
-        if not isinstance(source, Indexed) and place[0] > 0:  # the next epoch of its shards
-            return
-        yield record
 
 
 def _texts_of(record: Record) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ class ImageFolder(Indexed):
             label = path.parent.name.replace("_", " ")
             return Pair(key, path, (self.template.format(label=label),))
         try:
-            with open(path.with_suffix(".txt"), encoding="utf-8") as file:
+            with open(path.with_suffix(".txt"), encoding="utf-8-sig") as file:
                 return Pair(key, path, (file.read(MAX_BYTES).strip(),))
         except FileNotFoundError:
             return Broken(key, "no caption", f"{path.stem}.txt is missing")

@@ -58,31 +58,50 @@ def open_dataset(
         ) from None
     try:
         data = _load(datasets, path, subset, split, streaming)
+        names = list(data.column_names or (data.features or {}))
+        if not names:  # a stream without a schema shows its columns in its first record
+            names = list(next(iter(data), {}))
+    except DataError:
+        raise
     except Exception as error:  # the library passes on whatever its readers and clients raise
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{path}: the data set could not be opened ({type(error).__name__}: {reason}): check"
-            " the name, subset, split and the network; streaming=false with a local copy needs none"
-        ) from None
-    return _arrange(datasets, data, path, dict(columns or {}), template)
+        mend = "check name, subset, split and network; streaming=false with a local copy needs none"
+        raise _fault(path, "the data set could not be opened", error, mend) from None
+    return _arrange(datasets, data, names, path, dict(columns or {}), template)
+
+
+def _fault(path: str, what: str, error: Exception, mend: str) -> DataError:
+    """One line of an error of the library; `mend` is for what does not lie on this machine."""
+    cause = error.__cause__ or error  # "An error occurred while generating the dataset" says little
+    reason = " ".join(str(cause).split())[:300]
+    if _local_folders(path):
+        mend = (
+            "check subset and split, and that the file is whole, in UTF-8, and what its name says"
+        )
+    return DataError(f"{path}: {what} ({type(cause).__name__}: {reason}): {mend}")
 
 
 def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) -> Any:
     place = Path(path).expanduser()
     if (place / "state.json").is_file() and not streaming:
+        if split != "train":
+            raise DataError(f"{path}: has no splits: leave out the source's key 'split' ({split})")
         return datasets.load_from_disk(str(place))
     if (place / "dataset_dict.json").is_file():
         return datasets.load_from_disk(str(place))[split]
     if builder := _BUILDERS.get(place.suffix.lower()):
         files = {"train": str(place)}
-        return datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
     return datasets.load_dataset(path, subset or None, split=split, streaming=streaming)
 
 
-def _arrange(datasets: Any, data: Any, path: str, columns: dict[str, str], template: str) -> Source:
-    names = list(data.column_names or (data.features or {}))
-    if not names:  # a stream without a schema shows its columns in its first record
-        names = list(next(iter(data), {}))
+def _arrange(
+    datasets: Any,
+    data: Any,
+    names: list[str],
+    path: str,
+    columns: dict[str, str],
+    template: str,
+) -> Source:
     chosen: dict[str, str] = {}
     for role, usual in _USUAL.items():
         asked = columns.get(role) or ""
@@ -209,11 +228,8 @@ class Stream(Sharded):
         except DataError:
             raise
         except Exception as error:  # see open_dataset
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(
-                f"{self}: shard {index} could not be read ({type(error).__name__}: {reason}):"
-                " check the network, then go on with --resume"
-            ) from None
+            mend = "check the network, then go on with --resume"
+            raise _fault(str(self), f"shard {index} could not be read", error, mend) from None
 
     def fingerprint(self) -> str:
         return f"{self.reader.path}, {self.num_shards()} shards"

@@ -46,7 +46,7 @@ class TextFiles(Indexed):
         try:
             if path.stat().st_size > MAX_BYTES:
                 return Broken(str(path), "file too long", f"over {MAX_BYTES} bytes: split it")
-            return Text(str(path), path.read_text(encoding="utf-8"))
+            return Text(str(path), path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             return Broken(str(path), "not UTF-8 text", f"byte {error.start}")
         except OSError as error:

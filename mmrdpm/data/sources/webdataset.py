@@ -132,19 +132,23 @@ class Shards(Sharded):
     def _captions(self, members: _Members) -> tuple[str, ...] | None:
         if self.template:
             label = members.get(self.label)
-            return (self.template.format(label=label.decode().strip()),) if label else None
+            return (self.template.format(label=_text(label)),) if label else None
         if self.caption.startswith("json."):
             mapping = json.loads(members.get("json", b"{}"))
             key = self.caption.removeprefix("json.")
             return captions_of(mapping.get(key)) if isinstance(mapping, dict) else None
         text = members.get(self.caption)
-        return None if text is None else (text.decode().strip(),)
+        return None if text is None else (_text(text),)
 
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
 
     def __str__(self) -> str:
         return f"{self.urls[0]} and {len(self.urls) - 1} more"
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8-sig").strip()
 
 
 def _expand(url: str) -> list[str]:

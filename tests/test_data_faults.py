@@ -1,0 +1,171 @@
+"""Faults in other people's files: each is told in a line that says how to mend it."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mmrdpm import text_tokenizer
+from mmrdpm.cli import main
+from mmrdpm.data.cache import CacheWriter
+from mmrdpm.data.inspect import inspect
+from mmrdpm.data.pictures import PictureError, open_picture
+from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.sources import SourceConfig, open_source
+from mmrdpm.data.sources.cached import shard_path
+from mmrdpm.errors import DataError, RecipeError
+from mmrdpm.rdpm import image_tokenizer
+
+BOM = b"\xef\xbb\xbf"
+
+
+def opened(kind, path, **keys):
+    return open_source("it", SourceConfig(kind, path=str(path), **keys))
+
+
+def png():
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def datasets():
+    library = pytest.importorskip("datasets")
+    library.disable_progress_bars()
+    return library
+
+
+def test_a_split_that_local_files_lack_is_refused(datasets, tmp_path):
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+    data.to_parquet(str(tmp_path / "t.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    for place in ("t.parquet", "saved"):
+        assert len(opened("huggingface", tmp_path / place)) == 3
+        with pytest.raises(DataError, match=f"{place}: .*split.*test|test.*split"):
+            opened("huggingface", tmp_path / place, split="test")
+    assert len(opened("huggingface", tmp_path / "t.parquet", split="train[:2]")) == 2
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("h.jsonl", b'{"text": "a"}\n{broken\n'), ("h.csv", b"text\n\xff\xfe\n")],
+)
+def test_a_broken_local_file_is_no_matter_of_the_network(
+    datasets, name, content, streaming, tmp_path
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refusal:
+        opened("huggingface", tmp_path / name, streaming=streaming)
+    said = str(refusal.value)
+    assert "check subset and split, and that the file is whole, in UTF-8" in said
+    assert "network" not in said and "An error occurred while generating" not in said
+
+
+def test_inspect_reads_each_record_of_a_shard_once(tmp_path):
+    captions = {"0": b"one", "1": b"two", "2": b"\xff"}
+    members = {
+        f"{n}.{kind}": c
+        for n, text in captions.items()
+        for kind, c in (("png", png()), ("txt", text))
+    }
+    findings = inspect(opened("webdataset", write_tar(tmp_path / "s.tar", members)), 40)
+    assert len(findings.lines) == 3 and findings.problems == {"caption cannot be read": 1}
+    (tmp_path / "empty.tar").touch()
+    assert len(inspect(opened("webdataset", tmp_path / "empty.tar"), 40).lines) == 1
+
+
+def test_inspect_shows_a_text_that_training_would_leave_out(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    findings = inspect(opened("text", tmp_path / "t.jsonl"), 9)
+    assert findings.problems == {"not Unicode text": 1}
+    assert (
+        r"PROBLEM: not Unicode text ('utf-8' codec can't encode character '\ud800'"
+        in findings.lines[0]
+    )
+
+
+@pytest.mark.parametrize("fault", ["foreign", "short"])
+def test_a_file_that_is_no_shard_of_the_cache_is_named(fault, tiny_tokenizers, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("a")
+    images = image_tokenizer.load(tiny_tokenizers / "image")
+    writer = CacheWriter(opened("folder", tmp_path), images, tmp_path / "c", "tiny")
+    writer.write(0)
+    assert writer.totals() == (1, {})
+    shard = shard_path(tmp_path / "c", 0)
+    if fault == "foreign":
+        save_file({"w": torch.zeros(2)}, shard)
+    else:
+        shard.write_bytes(shard.read_bytes()[:99])
+    with pytest.raises(DataError, match=rf"{shard.name}: .*delete it and run the same command"):
+        writer.totals()
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "..", ""])
+def test_a_source_is_not_named_by_a_path(name):
+    with pytest.raises(RecipeError, match="use no slashes"):
+        DataPlan(sources={name: SourceConfig("emoji")})
+
+
+def test_blank_lines_and_marks_of_windows_are_no_records(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(BOM + b'{"text": "a"}\r\n\r\n\r\n{"text": "b"}\r\n5\n\r\n')
+    source = opened("text", path)
+    found = [source.record(i) for i in range(len(source))]
+    assert [r.text for r in found[:2]] == ["a", "b"]
+    assert [r.cause for r in found[2:]] == ["not a JSON object"]
+    path.write_bytes(BOM + b"\r\n")
+    with pytest.raises(DataError, match="the source is empty"):
+        opened("text", path)
+
+
+def test_a_mark_at_the_start_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(BOM + b"one")
+    (tmp_path / "a.png").write_bytes(png())
+    assert opened("text", tmp_path / "a.txt").record(0).text == "one"
+    assert opened("folder", tmp_path).record(0).captions == ("one",)
+    members = {"1.png": png(), "1.txt": BOM + b"one", "1.cls": BOM + b"7"}
+    path = write_tar(tmp_path / "s.tar", members)
+    for keys, expected in ({}, "one"), ({"template": "{label}"}, "7"):
+        (pair,) = opened("webdataset", path, **keys).shard(0)
+        assert pair.captions == (expected,)
+
+
+def test_floating_point_pixels_are_a_broken_picture_and_16_bit_ones_are_not(tmp_path):
+    pixels = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    Image.fromarray(pixels).save(tmp_path / "f.tif")
+    with pytest.raises(PictureError, match="floating point pixels: save it with 8 bits") as fault:
+        open_picture(tmp_path / "f.tif")
+    assert fault.value.cause == "floating point pixels"
+    Image.fromarray((pixels * 65535).astype(np.uint16)).save(tmp_path / "i.tif")
+    assert open_picture(tmp_path / "i.tif").getextrema() == ((0, 255),) * 3
+
+
+@pytest.mark.parametrize("train", [text_tokenizer.train_bpe, text_tokenizer.train_sentencepiece])
+@pytest.mark.parametrize("texts", [[], [""], [" \n", "\t"]])
+def test_no_tokeniser_is_learned_from_nothing(train, texts):
+    with pytest.raises(DataError, match="no texts to learn a tokeniser from"):
+        train(iter(texts), 300)
+
+
+def test_inspect_of_a_broken_stream_is_one_line(datasets, tmp_path, capsys):
+    path = tmp_path / "h.jsonl"
+    path.write_text(json.dumps({"text": "a"}) + "\n{broken\n")
+    assert main(["data", "inspect", str(path), "type=huggingface", "streaming=true"]) == 1
+    assert f"{path}: the data set could not be opened" in capsys.readouterr().err
