@@ -3,7 +3,7 @@
 A schema is a frozen dataclass; its fields are int, float, str, bool, `X | None`, `tuple[X, ...]`,
 `Literal[...]`, `dict[str, X]`, another schema, or a choice `A | B` of schemas: the first whose
 keys without a default are all given. `field(metadata={"min": ..., "max": ...})` bounds
-a number. Every error names the file, the dotted key and what would be right.
+a number, or each of a tuple. Every error names the file, the dotted key and what would be right.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, overrides applied, not yet checked against a schema.
 
     Raises:
-        RecipeError: the file is missing or no YAML mapping, an override is malformed.
+        RecipeError: the file is missing or no YAML mapping, an override is wrong.
     """
     path = Path(path)
     try:
@@ -63,8 +63,23 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         mapping = {}
     if not isinstance(mapping, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, not {_kind(mapping)}")
-    for override in overrides:
-        _override(mapping, override)
+    return override(mapping, overrides)
+
+
+def override(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping, changed by overrides such as `train.lr=3e-4`.
+
+    Raises:
+        RecipeError: one is malformed, or undoes another.
+    """
+    keys: list[str] = []
+    for text in overrides:
+        key = text.partition("=")[0]
+        undone = next((k for k in keys if f"{k}.".startswith(f"{key}.")), None)
+        if undone is not None:
+            raise RecipeError(f"override {text!r}: it undoes the earlier one of {undone}: keep one")
+        keys.append(key)
+        _override(mapping, text)
     return mapping
 
 
@@ -97,9 +112,10 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise RecipeError(f"override {override!r}: write it as key=value, e.g. train.lr=3e-4")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+        value = yaml.load(text, _Strict)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {why}") from None
     *parents, last = key.split(".")
     for parent in parents:
         if mapping.get(parent) is None:
@@ -134,7 +150,7 @@ def _schema(schema: type[T], mapping: Any, where: str, prefix: str) -> T:
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in args:
             return None
         inner = [arg for arg in args if arg is not type(None)]
         return _value(_chosen(inner, value), value, where, key)
@@ -150,6 +166,10 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{where}: {key} must be a mapping of keys, not {_kind(value)}")
+        names = [str(k) for k in value]  # YAML takes 1 and "1" for two keys
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise RecipeError(f"{where}: {key}.{name} comes twice: give each its own name")
         return {str(k): _value(args[1], v, where, f"{key}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return _schema(hint, value, where, key + ".")  # type: ignore[arg-type]
@@ -170,11 +190,11 @@ def _chosen(schemas: Sequence[Any], value: Any) -> Any:
 
 
 def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is float and isinstance(value, str):
+    if hint is float and type(value) in (int, str):
         try:  # YAML 1.1 reads 1e-3, without a point, as a string
             return float(value)
+        except OverflowError:
+            return math.inf  # which no range allows
         except ValueError:
             pass
     if type(value) is not hint:
@@ -185,6 +205,9 @@ def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
 
 
 def _check_range(value: Any, bounds: Mapping[str, Any], where: str, key: str) -> None:
+    if isinstance(value, tuple):
+        for place, item in enumerate(value):
+            _check_range(item, bounds, where, f"{key}[{place}]")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where}: {key} is {value}: it must be a finite number")
     if isinstance(value, (int, float)) and not (

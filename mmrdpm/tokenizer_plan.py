@@ -53,7 +53,7 @@ class ImageTokenizerTraining:
     codebook_share: float = field(default=0.04, metadata={"min": 0.0, "max": 0.5})
     decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.5})
     autoencoder_from: str | None = None
-    lr: float = field(default=1e-3, metadata={"min": 0.0})
+    lr: float = field(default=1e-3, metadata={"min": 0.0, "max": 1e30})
     batch_size: int = field(default=64, metadata={"min": 2})
     codebook_batch: int = field(default=512, metadata={"min": 1})
     latent_noise: float = field(default=0.2, metadata={"min": 0.0})
@@ -63,7 +63,7 @@ class ImageTokenizerTraining:
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     precision: Precision = "auto"
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
-    threads: int = field(default=2, metadata={"min": 1})
+    threads: int = field(default=2, metadata={"min": 1, "max": 1024})
     timeout: float = field(default=600.0, metadata={"min": 1.0})
     wandb: str = ""
 

@@ -107,3 +107,24 @@ def test_a_bench_of_training_reports_share_memory_and_optimiser(tiny_recipe, tmp
     assert figures["peak_bytes"] > 2**20
     assert len(figures["all_rounds"]["flops_per_second"]) == 2
     assert "peak memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--json", "."], "Is a directory"),
+        (["--json", "taken/deeper.json"], "taken"),
+        (["--json", "a.json", "--plot", "taken/deeper.svg"], "taken"),
+        (["--plot", "a.png"], "name a .svg file"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(
+    asked, says, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr(attention, "bench_attention", lambda *_: pytest.fail("measured"))
+    assert main(["bench", "attention", *asked]) == 1
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]

@@ -153,6 +153,12 @@ def test_bad_recipes_are_one_clear_line(run, tmp_path, tiny_recipe):
     assert_mistake(train("model.width=30"), "pairs")
     assert_mistake(train("data.image_share=0.9"), "more than 1")
     assert_mistake(train("train.seed=99999999999999999999"), "at most")
+    assert_mistake(train("train.threads=99999999999"), "at most 1024")
+    assert_mistake(train("train.lr=1e300"), "at most")
+    seed = "seed=99999999999999999999"
+    assert_mistake(run("eval", "emoji-rdpm-32", "--suite", "tokenizer", seed), "at most")
+    for key in (f"equal.{seed}", f"judging.{seed}", "equal.threads=99999999999"):
+        assert_mistake(run("bench", "peers", "peers/smoke", key), "at most")
     assert not (tmp_path / "r").exists()
     assert_mistake(train("tokenizers.image=emoji-rdmp-32"), "did you mean emoji-rdpm-32")
     if not torch.cuda.is_available():
@@ -207,3 +213,43 @@ def test_a_full_gpu_is_said_in_one_line(monkeypatch, capsys):
     assert main(["quickstart"]) == 1
     message = capsys.readouterr().err
     assert "memory is full (CUDA out of memory" in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory:"
+                " you tried to allocate 12 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "main memory is full (can't allocate memory: you tried",
+        ),
+        (MemoryError(), "main memory is full (no more"),
+    ],
+)
+def test_full_main_memory_is_said_in_one_line(error, says, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "quickstart", fail)
+    assert main(["quickstart"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("mmrdpm: error: ") and says in message and message.count("\n") == 1
+
+
+def test_other_errors_of_torch_keep_their_trace(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "quickstart", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["quickstart"])
+
+
+@pytest.mark.parametrize("command", [["eval"], ["bench", "sample"], ["bench", "attention"]])
+def test_too_many_threads_are_refused(command, run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*command, "--threads", 99999999999)
+    assert stop.value.code == 2
+    assert "--threads 99999999999: it must be at most 1024" in capsys.readouterr().err

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from mmrdpm.api import Model
 from mmrdpm.cli import main
 from mmrdpm.data.emoji import concept_of, load_emoji
-from mmrdpm.evaluation import drawn, emoji, likelihood, store
+from mmrdpm.errors import DataError
+from mmrdpm.evaluation import drawn, emoji, likelihood, results, store
+from mmrdpm.evaluation.figure import Figure
 from mmrdpm.evaluation.store import Store, picture_seeds
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
@@ -137,3 +139,34 @@ def test_the_right_one_is_the_likeliest_in_its_row_or_column(monkeypatch):
         "image to text, top 1": 1.0,
         "text to image, top 1": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"content": 3}', '{"content": [{}]}', '{"content": [7]}']
+)
+def test_a_damaged_part_is_one_line_that_names_it(content, tmp_path):
+    kept = Store(tmp_path, "model")
+    figure = Figure("a/b/c", 1.0, (0.5, 1.5), "", 3)
+    assert kept.figures("part", 1, lambda: [figure]) == [figure]
+    (path,) = (tmp_path / "parts").iterdir()
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"{path.name}: .*: remove it, and it is made anew"):
+        kept.figures("part", 1, lambda: [figure])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("value", None), ("value", "1"), ("interval", [0, None]), ("count", "3"), ("protocol", 3)],
+)
+def test_a_damaged_figure_is_named(key, value, tmp_path, capsys):
+    figure = Figure("a/b/c", 1.0, (0.5, 1.5), "", 3)
+    results.Results("suite", {}, "model", "hash", [figure], []).save(tmp_path)
+    path = tmp_path / "results.json"
+    mapping = json.loads(path.read_text())
+    assert main(["eval", "compare", str(tmp_path), str(path)]) == 0
+    mapping["figures"][0][key] = value
+    path.write_text(json.dumps(mapping))
+    capsys.readouterr()
+    assert main(["eval", "compare", str(tmp_path), str(path)]) == 1
+    message = capsys.readouterr().err
+    assert f"{path}: figure 'a/b/c': its {key} is " in message and message.count("\n") == 1

@@ -15,11 +15,18 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Other:
+    size: int = 1
+
+
+@dataclass(frozen=True)
 class Outer:
     name: str
     train: Inner = field(default_factory=Inner)
-    sizes: tuple[int, ...] = (1, 2)
+    sizes: tuple[int, ...] = field(default=(1, 2), metadata={"min": 1})
     note: str | None = None
+    part: Inner | Other = field(default_factory=Inner)
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 def write(tmp_path, text):
@@ -51,6 +58,12 @@ def test_overrides_win_and_the_dump_reads_back_equal(tmp_path):
         ("name: x", "train.lr", ["key=value"]),
         ("name: x", "name.deep=1", ["holds no keys"]),
         ("name: x\nsizes: 4", None, ["sizes", "a list"]),
+        ("name: x\nsizes: [1, 0]", None, ["sizes[1] is 0", "at least 1"]),
+        ("name: x", "part=null", ["part must be a mapping", "nothing"]),
+        ("name: x", "shares={a: 1, a: 2}", ["'a' comes twice"]),
+        ("name: x\nshares: {1: 0.5, '1': 0.5}", None, ["shares.1 comes twice"]),
+        ("name: x\nshares: {1: 0.5}", "shares.1=2", ["shares.1 comes twice"]),
+        ("name: x", "train.lr=1" + 400 * "0", ["train.lr", "finite"]),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_place(tmp_path, text, override, parts):
@@ -81,3 +94,11 @@ def test_values_that_yaml_itself_trips_over_are_one_clear_line(value, tmp_path):
     (tmp_path / "r.yaml").write_text("key: 1\n")
     with pytest.raises(RecipeError, match="not valid YAML"):
         recipe.read(tmp_path / "r.yaml", [f"key={value}"])
+
+
+@pytest.mark.parametrize("overrides", [["name=a", "name=b"], ["train.lr=1", "train={steps: 2}"]])
+def test_an_override_that_undoes_another_is_refused(tmp_path, overrides):
+    path = write(tmp_path, "name: x\n")
+    with pytest.raises(RecipeError, match="undoes the earlier one of"):
+        recipe.load(Outer, path, overrides)
+    assert recipe.load(Outer, path, ["train={steps: 2}", "train.lr=1"]).train == Inner(1.0, 2)

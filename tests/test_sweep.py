@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from mmrdpm import recipe, shipped
-from mmrdpm.cli import main
+from mmrdpm.cli import main, sweeping
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep import information, spec
@@ -121,6 +121,16 @@ def test_a_stopped_sweep_goes_on(pixel_features, tiny_sweep, tmp_path, interrupt
     assert line["seconds"] is None  # it was stopped in between
 
 
+def test_ctrl_c_while_measuring_says_how_to_go_on(tiny_sweep, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping.Measurer, "check", lambda _: None)
+    monkeypatch.setattr(sweeping, "run_sweep", stopped)
+    assert main(["sweep", str(tiny_sweep()), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
 def test_flops_are_those_of_the_products(tiny_recipe):
     """Twice the width of the feed-forward adds its products: 6 per weight and token."""
     base = recipe.load(ModelRecipe, tiny_recipe)
@@ -194,6 +204,23 @@ def test_orders_see_every_number_of_codes_alike():
         ({"tokenizer_recipe": None, "variants": [{"name": "a", "tokenizer": ["x=1"]}]}, "set tok"),
         ({"tflop": 3}, "did you mean tflops"),
         ({"chart": "lr"}, "needs model.width and train.lr"),
+        ({"seeds": [-1]}, r"seeds\[0\] is -1"),
+        ({"seeds": [10**22]}, "at most"),
+        ({"measures": {"seed": 10**22}}, "measures.seed"),
+        ({"name": "../../evil"}, "'../../evil': files are called so"),
+        ({"name": ".."}, "files are called so"),
+        ({"variants": [{"name": "a", "model": ["train.steps=9"]}]}, "a: train.steps is set by"),
+        ({"variants": [{"name": "a", "model": ["train={seed: 9}"]}]}, "a: train.seed is set by"),
+        ({"variants": [{"name": "a", "model": ["tokenizers.image=x"]}]}, "use its key tokenizer"),
+        ({"variants": [{"name": "a", "model": ["tokenizers.text=nix"]}]}, "a: nix: no such path"),
+        ({"variants": [{"name": "a", "model": ["data.steps_per_image=9"]}]}, "has only 3 timest"),
+        (
+            {
+                "tokenizer_recipe": None,
+                "variants": [{"name": "a", "model": ["data.steps_per_image=9"]}],
+            },
+            "has only 3 timest",
+        ),
     ],
 )
 def test_mistakes_show_before_anything_is_trained(changes, says, tiny_sweep):

@@ -16,6 +16,9 @@ from mmrdpm.cli.common import INTERRUPTED, command
 from mmrdpm.errors import MmrdpmError
 from mmrdpm.quickstart import quickstart
 
+_MOST_THREADS = 1024  # as of the recipes' train.threads
+_FULL = "DefaultCPUAllocator"  # that torch's RuntimeError names where main memory is full
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit status."""
@@ -27,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [o for o in overrides if o.startswith("-") or not hasattr(options, "overrides")]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if getattr(options, "threads", 1) > _MOST_THREADS:
+        parser.error(f"--threads {options.threads}: it must be at most {_MOST_THREADS}")
     if overrides:  # argparse does not take positional arguments after options
         options.overrides = [*options.overrides, *overrides]
     try:
@@ -41,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"mmrdpm: error: the GPU's memory is full ({str(error).splitlines()[0][:160]}): lower"
             " train.micro_batch_size or set train.recompute=true (mmrdpm plan looks ahead), or draw"
             " and measure less at once",
+            file=sys.stderr,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _FULL in str(error)):
+            raise
+        why = str(error).partition(f"{_FULL}: ")[2] or str(error) or "no more is to be had"
+        print(
+            f"mmrdpm: error: main memory is full ({why.splitlines()[0][:160]}): lower the sizes or"
+            " numbers that the command was given, such as model.width (mmrdpm plan looks ahead)",
             file=sys.stderr,
         )
     except KeyboardInterrupt:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,7 @@ from mmrdpm.cli.common import (
     recipe_file,
     recipe_options,
 )
+from mmrdpm.errors import UsageError
 from mmrdpm.train_model import ModelRecipe
 
 
@@ -43,18 +46,18 @@ def add(commands: Commands) -> None:
 def bench_train_command(options: argparse.Namespace) -> None:
     """Training speed beside the machine's own matrix product."""
     loaded = recipe.load(ModelRecipe, recipe_file(options.recipe, ("model",)), options.overrides)
-    _show(train, train.bench_train(loaded, options.rounds), options)
+    _show(train, partial(train.bench_train, loaded, options.rounds), options)
 
 
 def bench_sample_command(options: argparse.Namespace) -> None:
     """Speed of drawing and writing beside the machine's own limits, and how it grows."""
     model = api.load(options.model)
-    _show(sample, sample.bench_sample(model, options.threads, options.rounds), options)
+    _show(sample, partial(sample.bench_sample, model, options.threads, options.rounds), options)
 
 
 def bench_attention_command(options: argparse.Namespace) -> None:
     """The attention backends side by side over row lengths and packings."""
-    _show(attention, attention.bench_attention(options.threads, options.rounds), options)
+    _show(attention, partial(attention.bench_attention, options.threads, options.rounds), options)
 
 
 def _measuring(to: argparse.ArgumentParser) -> None:
@@ -63,12 +66,28 @@ def _measuring(to: argparse.ArgumentParser) -> None:
     to.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw them")
 
 
-def _show(bench: ModuleType, figures: dict[str, Any], options: argparse.Namespace) -> None:
+def _show(
+    bench: ModuleType, measure: Callable[[], dict[str, Any]], options: argparse.Namespace
+) -> None:
+    if options.plot and options.plot.suffix.lower() != ".svg":
+        raise UsageError(f"--plot {options.plot}: drawings are SVG: name a .svg file")
+    paths = [path for path in (options.json, options.plot) if path]
+    for path in paths:
+        _probe(path)
+    figures = measure()
     print(*bench.lines(figures), sep="\n")
     if options.json:
         write_json(options.json, figures)
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         options.plot.write_text(bench.plot(figures), encoding="utf-8")
-    for path in filter(None, (options.json, options.plot)):
+    for path in paths:
         print(f"written: {path}", file=sys.stderr)
+
+
+def _probe(path: Path) -> None:
+    """Makes the folder and fails, before minutes are spent, where the file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = path.exists()
+    path.open("a").close()
+    if not known:
+        path.unlink()

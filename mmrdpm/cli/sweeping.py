@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,11 @@ def sweep_command(options: argparse.Namespace) -> int:
     sweep = spec.load(path)
     out = options.out or Path("runs") / path.stem
     say = partial(print, file=sys.stderr)
-    measurer = Measurer()
+    measurer, table = Measurer(), None
     if sweep.model_recipe:
         measurer.check()
-    table = run_sweep(sweep, out, measurer, say, options.only)
+    with suppress(KeyboardInterrupt):  # what is finished is kept, as where a run was stopped
+        table = run_sweep(sweep, out, measurer, say, options.only)
     if table is None:
         print("stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED

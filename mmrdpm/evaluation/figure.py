@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmrdpm.errors import DataError
 from mmrdpm.metrics.interval import Interval, mean_interval
 from mmrdpm.metrics.proportion import Proportion
 
@@ -56,9 +57,24 @@ class Figure:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Figure:
-        """Raises TypeError or KeyError where `to_dict` did not make it."""
-        low, high = mapping["interval"]
-        return cls(**{**mapping, "interval": (low, high)})
+        """Raises DataError where `to_dict` did not make it; it names the figure and the key."""
+        name = f"figure {mapping.get('name')!r}" if isinstance(mapping, Mapping) else "a figure"
+        try:
+            low, high = mapping["interval"]
+            made = cls(**{**mapping, "interval": (low, high)})
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{name} has not the keys of one, or no interval of two") from None
+        for key, values, kind, called in (
+            ("name", [made.name], str, "a text"),
+            ("value", [made.value], (int, float), "a number"),
+            ("interval", [low, high], (int, float), "two numbers"),
+            ("unit", [made.unit], str, "a text"),
+            ("count", [made.count], int, "a whole number"),
+            ("protocol", [made.protocol], Mapping, "a mapping"),
+        ):
+            if not all(isinstance(value, kind) for value in values):
+                raise DataError(f"{name}: its {key} is {mapping.get(key)!r}, not {called}")
+        return made
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -49,7 +49,12 @@ def load(path: Path) -> Results:
     try:
         figures = [Figure.from_dict(figure) for figure in mapping.pop("figures")]
         missing = [NotComputed(**item) for item in mapping.pop("not_computed")]
-        return Results(**mapping, figures=figures, not_computed=missing)
+        made = Results(**mapping, figures=figures, not_computed=missing)
+        if not all(isinstance(text, str) for text in (made.model, made.weights_sha256)):
+            raise ValueError("the model has no name or no hash")
+        return made
+    except DataError as error:
+        raise DataError(f"{path}: {error}: run mmrdpm eval again") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(
             f"{path}: not the results of an evaluation: run mmrdpm eval again"

@@ -70,14 +70,22 @@ class Store:
         Args:
             of: all that they follow from, besides the model and the evaluators' versions.
         """
-        kept = self.kept(part, [of, _versions()], lambda: [figure.to_dict() for figure in make()])
-        return [Figure.from_dict(figure) for figure in kept]
+        of = [of, _versions()]
+        kept = self.kept(part, of, lambda: [figure.to_dict() for figure in make()])
+        try:
+            return [Figure.from_dict(figure) for figure in kept]
+        except (DataError, TypeError) as error:
+            path = self._part(part, of)
+            raise DataError(f"{path}: {error}: remove it, and it is made anew") from None
 
     def kept(self, part: str, of: Any, make: Callable[[], Any]) -> Any:
         """The same for anything that JSON can hold."""
-        path = self.folder / "parts" / f"{self._key(part, of)}.json"
+        path = self._part(part, of)
         if path.exists():
-            return read_json(path)["content"]
+            found = read_json(path)
+            if not isinstance(found, dict) or "content" not in found:
+                raise DataError(f"{path}: has no key content: remove it, and it is made anew")
+            return found["content"]
         content = make()
         write_json(path, {"part": part, "content": content})
         return content
@@ -114,6 +122,9 @@ class Store:
     def say(self, line: str) -> None:
         """A line on stderr."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _part(self, part: str, of: Any) -> Path:
+        return self.folder / "parts" / f"{self._key(part, of)}.json"
 
     def _key(self, *what: Any) -> str:
         return digest([_FORMAT, self.model_sha256, *what])[:20]

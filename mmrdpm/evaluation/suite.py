@@ -58,7 +58,7 @@ class EmojiSuite:
     metrics: tuple[str, ...] = KNOWN
     groups: tuple[str, ...] = tuple(GROUPS)
     names: int = field(default=200, metadata={"min": 1})
-    seed: int = field(default=0, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     seeds: int = field(default=2, metadata={"min": 2})
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
     guidance_names: int = field(default=50, metadata={"min": 1})
@@ -89,7 +89,7 @@ class TokenizerSuite:
     metrics: tuple[str, ...] = KNOWN
     groups: tuple[str, ...] = tuple(GROUPS)
     names: int = field(default=1000, metadata={"min": 1})
-    seed: int = field(default=0, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     kind: Literal["tokenizer"] = "tokenizer"
 
 
@@ -112,7 +112,7 @@ class ImagenetSuite:
     metrics: tuple[str, ...] = KNOWN
     resolution: int = field(default=256, metadata={"min": 8})
     samples: int = field(default=50_000, metadata={"min": 2})
-    seed: int = field(default=0, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     kind: Literal["imagenet"] = "imagenet"
 
 
@@ -131,7 +131,7 @@ class PromptsSuite:
     prompts: str
     clip: str = "openai/clip-vit-large-patch14"
     metrics: tuple[str, ...] = KNOWN
-    seed: int = field(default=0, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     seeds: int = field(default=1, metadata={"min": 1})
     kind: Literal["prompts"] = "prompts"
 

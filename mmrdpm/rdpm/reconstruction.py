@@ -39,7 +39,7 @@ class LossConfig:
     backbone: str = ""
     adversarial: float = field(default=0.0, metadata={"min": 0.0})
     adversarial_start: int = field(default=0, metadata={"min": 0})
-    adversarial_lr: float = field(default=1e-4, metadata={"min": 0.0})
+    adversarial_lr: float = field(default=1e-4, metadata={"min": 0.0, "max": 1e30})
 
     def __post_init__(self) -> None:
         if bool(self.perceptual) != bool(self.backbone):

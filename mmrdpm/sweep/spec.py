@@ -7,13 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from mmrdpm import recipe, shipped
-from mmrdpm.errors import RecipeError
+from mmrdpm import hub, recipe, shipped, text_tokenizer
+from mmrdpm.errors import MmrdpmError, RecipeError
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
 from mmrdpm.sampling.image import Guided
 from mmrdpm.train_model import ModelRecipe
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")  # of a variant
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of the sweep
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Measures:
     names: int = field(default=200, metadata={"min": 2})
     batches: int = field(default=20, metadata={"min": 1})
     joint_steps: int = field(default=300, metadata={"min": 0})
-    seed: int = field(default=0, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
 
 
 Chart = Literal["quality", "compute", "lr"]
@@ -77,7 +80,7 @@ class Sweep:
     model_recipe: str | None = None
     tokenizer_recipe: str | None = None
     tflops: float = field(default=50.0, metadata={"min": 0.0})
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = field(default=(0,), metadata={"min": 0, "max": 2**63 - 1})
     measures: Measures = field(default_factory=Measures)
     chart: Chart = "quality"
     kind: Literal["sweep"] = "sweep"
@@ -90,6 +93,11 @@ def load(path: Path) -> Sweep:
         RecipeError: the file, a base recipe or an override is wrong; it names the variant.
     """
     sweep = recipe.load(Sweep, path)
+    if sweep.name and not _FILE_NAME.fullmatch(sweep.name):
+        raise RecipeError(
+            f"{path}: name {sweep.name!r}: files are called so: A-Z, a-z, 0-9, '_', '-' and, not as"
+            " the first, '.'"
+        )
     sweep = replace(sweep, name=sweep.name or path.stem)
     names = [variant.name for variant in sweep.variants]
     for name in names:
@@ -102,7 +110,7 @@ def load(path: Path) -> Sweep:
     for variant in sweep.variants:
         try:
             _check(sweep, variant)
-        except RecipeError as error:
+        except MmrdpmError as error:
             raise RecipeError(f"{path}: variant {variant.name}: {error}") from None
     return sweep
 
@@ -115,12 +123,39 @@ def _check(sweep: Sweep, variant: Variant) -> None:
     if sweep.tokenizer_recipe:
         tokenizer_recipe(sweep, variant)
     if sweep.model_recipe:
-        model_recipe(sweep, variant, steps=1, seed=0)
+        _check_model(sweep, variant)
         sampling(sweep, variant)
     if sweep.chart == "lr":
         keys = {override.partition("=")[0] for override in variant.model}
         if not {"model.width", "train.lr"} <= keys:
             raise RecipeError("chart: lr needs model.width and train.lr in its model overrides")
+
+
+def _check_model(sweep: Sweep, variant: Variant) -> None:
+    model = model_recipe(sweep, variant, steps=1, seed=0)
+    given = recipe.override({}, variant.model)
+    for section, key, instead in (
+        ("train", "steps", "tflops"),
+        ("train", "seed", "seeds"),
+        *([("tokenizers", "image", "tokenizer")] if sweep.tokenizer_recipe else []),
+    ):
+        if key in (given.get(section) or {}):
+            raise RecipeError(f"{section}.{key} is set by the sweep: use its key {instead}")
+    text_tokenizer.load(hub.resolve("tokenizers", model.tokenizers.text, text_tokenizer.FILES))
+    timesteps = _image_config(sweep, variant, model.tokenizers.image).num_timesteps
+    if model.data.steps_per_image > timesteps:  # as the drafts of documents want it
+        raise RecipeError(
+            f"data.steps_per_image is {model.data.steps_per_image}, its image tokeniser has only"
+            f" {timesteps} timesteps: lower it"
+        )
+
+
+def _image_config(sweep: Sweep, variant: Variant, name: str) -> ImageTokenizerConfig:
+    """Of the tokeniser that the variant trains, or of the one of that name."""
+    if sweep.tokenizer_recipe:
+        return tokenizer_recipe(sweep, variant).tokenizer
+    folder = hub.resolve("tokenizers", name, image_tokenizer.FILES)
+    return recipe.load(ImageTokenizerConfig, folder / image_tokenizer.SPEC_FILE)
 
 
 def tokenizer_recipe(sweep: Sweep, variant: Variant) -> ImageTokenizerRecipe:

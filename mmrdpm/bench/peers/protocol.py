@@ -91,7 +91,7 @@ class Judging:
     temperatures: tuple[float, ...] = (0.7, 1.0)
     speed_batches: tuple[int, ...] = (1, 64)
     repeats: int = field(default=3, metadata={"min": 1})
-    seed: int = field(default=0, metadata={"min": 0})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
 
     def __post_init__(self) -> None:
         if not self.guidance_scales or min(self.guidance_scales) < 1:
@@ -118,8 +118,8 @@ class Equal:
     tolerance: float = field(default=0.05, metadata={"min": 0.0})
     levels: int = field(default=6, metadata={"min": 1})
     precision: Precision = "auto"
-    seed: int = field(default=0, metadata={"min": 0})
-    threads: int = field(default=2, metadata={"min": 1})
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
+    threads: int = field(default=2, metadata={"min": 1, "max": 1024})
 
 
 @dataclass(frozen=True)
