@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from mmrdpm import api, cli
-from mmrdpm.cli import main
+from mmrdpm.api import Model
+from mmrdpm.cli import main, use
 
 
 @pytest.fixture
@@ -253,3 +254,28 @@ def test_too_many_threads_are_refused(command, run, capsys):
         run(*command, "--threads", 99999999999)
     assert stop.value.code == 2
     assert "--threads 99999999999: it must be at most 1024" in capsys.readouterr().err
+
+
+def test_pictures_are_saved_as_they_come(run, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(use, "_AT_ONCE", 2)
+    draw, drawn = Model.generate, []
+
+    def interrupted(self, prompts, *rest, **how):
+        drawn.append(prompts)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(self, prompts, *rest, **how)
+
+    options = ("generate", "a", "b", "--n", "2", "--model", tiny_run, "--out", "pictures")
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "generate", interrupted)
+        status, out, _ = run(*options)
+    assert status == 130 and out.splitlines() == ["pictures/a-0.png", "pictures/a-1.png"]
+    early = [(tmp_path / line).read_bytes() for line in out.splitlines()]
+    status, out, _ = run(*options)
+    assert status == 0 and len(out.splitlines()) == 4
+    assert [(tmp_path / line).read_bytes() for line in out.splitlines()[:2]] == early
+
+
+def test_a_guidance_that_leaves_no_numbers_is_refused(run, tiny_run):
+    assert_mistake(run("generate", "a", "--model", tiny_run, "--guidance", "1e38"), "0 to 1000")
