@@ -67,18 +67,12 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def override(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The mapping, changed by overrides such as `train.lr=3e-4`.
+    """The mapping, changed by overrides such as `train.lr=3e-4`; the later ones win.
 
     Raises:
-        RecipeError: one is malformed, or undoes another.
+        RecipeError: one is malformed.
     """
-    keys: list[str] = []
     for text in overrides:
-        key = text.partition("=")[0]
-        undone = next((k for k in keys if f"{k}.".startswith(f"{key}.")), None)
-        if undone is not None:
-            raise RecipeError(f"override {text!r}: it undoes the earlier one of {undone}: keep one")
-        keys.append(key)
         _override(mapping, text)
     return mapping
 

@@ -138,8 +138,7 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
         )
         with checkpoint.claimed(run):
             trainer = Trainer(recipe, run)
-            for prompt in recipe.samples.prompts:
-                trainer.model().prompt_ids(prompt)  # a faulty one should not leave half a run
+            trainer.check_prompts()  # a faulty one should not leave half a run
             distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers))
             return _loop(trainer.recipe, run, trainer)
 
@@ -385,6 +384,11 @@ class Trainer:
             weights.fill(transformer, self.average.tensors)
         context = recipe.data.seq_len
         return Model(transformer, self.images, self.texts, recipe.sampling, context)
+
+    def check_prompts(self) -> None:
+        """Raises UsageError where a prompt to sample is empty or too long."""
+        for prompt in () if self.parallel.sharded else self.recipe.samples.prompts:
+            self.model().prompt_ids(prompt)
 
     def sample(self, monitor: Monitor) -> None:
         """Draws and captions into the log, on rank 0.

@@ -109,13 +109,14 @@ def test_a_beginning_that_was_cut_off_does_not_stand_in_the_way(tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
     source.mkdir()
     (source / "file").write_text("right")
-    (run / "part").mkdir(parents=True)
-    (run / "part" / "left").write_text("by a killed start")
+    (run / "part.partial").mkdir(parents=True)
+    (run / "part.partial" / "left").write_text("by a killed start")
     assert checkpoint.tokenizer(run, "part", str(source), ["file"]) == source
     checkpoint.begin(run, CheckpointPolicy(), resume=False)
     (source / "step-0000001.safetensors").write_text("the state of its own training")
     checkpoint.record(run, CheckpointPolicy(), {"part": (source, ["file", "other"])})
     assert [p.name for p in (run / "part").iterdir()] == ["file"]
+    assert not (run / "part.partial").exists()
     assert checkpoint.tokenizer(run, "part", "unused", ["file"]) == run / "part"
 
 

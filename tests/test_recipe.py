@@ -96,9 +96,6 @@ def test_values_that_yaml_itself_trips_over_are_one_clear_line(value, tmp_path):
         recipe.read(tmp_path / "r.yaml", [f"key={value}"])
 
 
-@pytest.mark.parametrize("overrides", [["name=a", "name=b"], ["train.lr=1", "train={steps: 2}"]])
-def test_an_override_that_undoes_another_is_refused(tmp_path, overrides):
-    path = write(tmp_path, "name: x\n")
-    with pytest.raises(RecipeError, match="undoes the earlier one of"):
-        recipe.load(Outer, path, overrides)
-    assert recipe.load(Outer, path, ["train={steps: 2}", "train.lr=1"]).train == Inner(1.0, 2)
+def test_of_overrides_of_one_key_the_last_counts():
+    """As where a script has its own, and passes on more."""
+    assert recipe.override({"a": 1}, ["a=2", "b.c=1", "a=3"]) == {"a": 3, "b": {"c": 1}}
