@@ -90,7 +90,8 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
             break
     if finished and {name for name in MAKERS if _is_done(out, name)} - _timed(out):
         say("timing how the peers learn and draw, in turns")
-        _time(recipe, scene, quality, out)
+        for name, reason in _time(recipe, scene, quality, out).items():
+            say(f"{name} was not timed ({reason}): once it can be, remove {out / TIMING_FILE}")
     report.write(out, _results(out))
     return finished
 
@@ -104,8 +105,11 @@ def _timed(out: Path) -> set[str]:
     return {entry["peer"] for entry in timing.get("sampling", [])} | set(timing.get("missing", {}))
 
 
-def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
-    """Writes `timing.json`, of all peers that are done and whose library and weights are there."""
+def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> dict[str, str]:
+    """Writes `timing.json`, of all peers that are done and whose library and weights are there.
+
+    Gives the reasons of those that could not be timed.
+    """
     trainers, missing = {}, {}
     for name in MAKERS:
         latest = checkpoint.newest(out / name / "run")
@@ -120,7 +124,7 @@ def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
         except NotRunnable as error:
             missing[name] = str(error)
     if not trainers:
-        return
+        return missing
     judging, captions = recipe.judging, [scene.captions[i] for i in quality.chosen]
     peers = {name: trainer.peer for name, trainer in trainers.items()}
     timing = {
@@ -130,6 +134,7 @@ def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> None:
         "missing": missing,
     }
     write(out / TIMING_FILE, timing)
+    return missing
 
 
 class Run:
