@@ -3,6 +3,7 @@
 
 import json
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_a_shipped_recipe_fits_its_schema(path):
     recipe.load(PeerBench, path)
     header = path.read_text().split("kind:")[0]
     assert f"recipes/peers/{path.name}" in header and "Hardware:" in header
+
+
+@torch.no_grad()
+def test_the_flow_of_a_caption_leaves_out_what_all_captions_share(build):
+    peer = build("flow")
+    captions = [(5, 6), (7,), ()]
+    state, sigma = torch.randn(1, *peer.grid).expand(3, -1, -1, -1), torch.full((3,), 0.5)
+    before = peer.velocity(state, sigma, captions)
+    assert all((a - b).abs().max() > 1e-3 for a, b in combinations(before, 2))
+    kept = peer.table.weight[peer.first].clone()
+    peer.table.weight[peer.first] = -3 * kept
+    after = peer.velocity(state, sigma, captions)
+    peer.table.weight[peer.first] = kept
+    assert torch.equal(after[:2], before[:2])
+    assert not torch.equal(after[2], before[2])
 
 
 def test_the_peers_of_the_shipped_recipe_are_as_large_as_ours(monkeypatch, tmp_path):

@@ -39,8 +39,6 @@ class Flow(Peer):
         self.tokens, self.steps, self.first = side * side, shape.steps, text_size
         self.table = nn.Embedding(text_size + 1, shape.width)
         self.places = nn.Embedding(_LONGEST, shape.width)
-        nn.init.normal_(self.table.weight, std=0.02)
-        nn.init.normal_(self.places.weight, std=0.02)
         self.network: Any = PixArtTransformer2DModel(
             num_attention_heads=shape.heads,
             attention_head_dim=shape.width // shape.heads,
@@ -54,8 +52,15 @@ class Flow(Peer):
         )
 
     def velocity(self, states: Tensor, sigma: Tensor, captions: Sequence[Caption]) -> Tensor:
-        """The network at states `[B, h, w, C]` and noise levels `[B]` in [0, 1]."""
+        """The network at states `[B, h, w, C]` and noise levels `[B]` in [0, 1].
+
+        The token that begins a caption stands for an empty one alone: the library does not
+        normalise the queries to captions, and where all captions shared a token, attention settled
+        on it for good.
+        """
         ids, real = left_padded(captions, self.first, self.device)
+        empty = torch.tensor([not caption for caption in captions], device=self.device)
+        real = real & ((ids != self.first) | empty[:, None])
         place = real.cumsum(1) - 1
         text = self.table(ids) + self.places(place.clamp(0, _LONGEST - 1))
         (output,) = self.network(

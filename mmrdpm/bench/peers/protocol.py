@@ -87,8 +87,8 @@ class Judging:
     """
 
     concepts: int = field(default=200, metadata={"min": 2})
-    guidance_scales: tuple[float, ...] = (2.0, 4.0)
-    temperatures: tuple[float, ...] = (0.7, 1.0)
+    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
+    temperatures: tuple[float, ...] = (0.4, 0.7)
     speed_batches: tuple[int, ...] = (1, 64)
     repeats: int = field(default=3, metadata={"min": 1})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
