@@ -22,7 +22,7 @@ from mmrdpm.train_model import ModelRecipe
 from mmrdpm.vocabulary import Vocabulary
 
 _OPTIONAL = {  # package -> what it is for
-    "xformers": "fastest attention on CUDA",
+    "xformers": "attention over long rows on CUDA without a compiler",
     "triton": "flex attention and torch.compile on CUDA",
     "wandb": "train.wandb",
     "efficientnet-lite-pytorch": "mmrdpm eval and sweep",

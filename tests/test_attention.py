@@ -170,12 +170,15 @@ def test_a_backend_equals_sdpa_forward_and_backward(name, seed):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_auto_takes_flex_for_long_rows_and_heads_that_it_can(monkeypatch):
-    monkeypatch.setattr(backend, "find_spec", lambda name: name != "xformers")
+def test_auto_takes_flex_for_long_rows_then_xformers_then_sdpa(monkeypatch):
+    installed = {"triton"}
+    monkeypatch.setattr(backend, "find_spec", lambda name: name in installed)
     monkeypatch.setattr(backend.shutil, "which", lambda name: "/usr/bin/cc")
-    cuda = torch.device("cuda")
-    found = [backend.resolve("auto", cuda, *shape) for shape in ((64, 8192), (64, 256), (8, 8192))]
-    assert found == ["flex", "sdpa", "sdpa"]
+    monkeypatch.setattr(backend, "_refusal", lambda device, head_dim: None)
+    cuda, shapes = torch.device("cuda"), ((64, 8192), (64, 256), (8, 8192))
+    assert [backend.resolve("auto", cuda, *s) for s in shapes] == ["flex", "sdpa", "sdpa"]
+    installed.add("xformers")
+    assert [backend.resolve("auto", cuda, *s) for s in shapes] == ["flex", "sdpa", "xformers"]
     with pytest.raises(RecipeError, match="heads of at least 16 channels, not 8"):
         backend.resolve("flex", cuda, 8)
 

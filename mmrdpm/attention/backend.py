@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -22,21 +23,22 @@ Name = Literal["auto", "sdpa", "xformers", "flex"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(q [R, S, H, D], k, v [R, S, G, D]) -> [R, S, H, D]`."""
 
-BACKENDS: tuple[Backend, ...] = ("xformers", "flex", "sdpa")  # auto takes the first that can train
-_LONG = 1024  # tokens of a row, from which flex pays: a dense mask of less is read in no time
+BACKENDS: tuple[Backend, ...] = ("flex", "xformers", "sdpa")  # for long rows auto takes the first
+_LONG = 1024  # tokens of a row from which others than sdpa pay: of less, a dense mask is nothing
 
 
 def resolve(
     name: Name, device: torch.device, head_dim: int = 64, row_length: int = _LONG
 ) -> Backend:
-    """What `auto` means on a device: xformers on CUDA, else flex there for long rows, else sdpa.
+    """What `auto` means on a device: for long rows the first that can train there, else sdpa.
 
     Raises:
         RecipeError: a backend is asked for that cannot train here; it says why.
     """
     if name == "auto":
-        fitting = (n for n in BACKENDS if n != "flex" or row_length >= _LONG)
-        return next(known for known in fitting if why_not(known, device, head_dim) is None)
+        if row_length < _LONG:
+            return "sdpa"
+        return next(known for known in BACKENDS if why_not(known, device, head_dim) is None)
     if why := why_not(name, device, head_dim):
         raise RecipeError(f"train.attention is {name}, but {why}: use auto or sdpa")
     return name
@@ -57,24 +59,26 @@ def why_not(name: Backend, device: torch.device, head_dim: int = 64) -> str | No
             return f"it needs heads of at least {flex.MIN_HEAD_DIM} channels, not {head_dim}"
         found = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
         return None if found else "no C compiler is found, which triton needs"
-    return _refusal(device)
+    return _refusal(device, head_dim)
 
 
 @cache
-def _refusal(device: torch.device) -> str | None:
-    """Why xformers, though installed, does not run on a device: it is built for one CUDA."""
+def _refusal(device: torch.device, head_dim: int) -> str | None:
+    """Why xformers, though installed, does not run: it is built for one CUDA, and some heads."""
     x = torch.zeros(
-        (1, 8, 1, 64),
+        (1, 8, 1, head_dim),
         device=device,
         dtype=machine.matrix_dtype("auto", device),
         requires_grad=True,
     )
     try:
-        from xformers.ops import memory_efficient_attention
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+        with warnings.catch_warnings():  # of what in the library is to go
+            warnings.simplefilter("ignore")
+            from xformers.ops import memory_efficient_attention
+            from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-        bias = BlockDiagonalMask.from_seqlens([8], [8])
-        memory_efficient_attention(x, x, x, bias).sum().backward()
+            bias = BlockDiagonalMask.from_seqlens([8], [8])
+            memory_efficient_attention(x, x, x, bias).sum().backward()
     except (ImportError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         return f"it does not run here ({str(error).splitlines()[0][:120]})"
     return None

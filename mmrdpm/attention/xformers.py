@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,33 +45,65 @@ class Part:
 
 def parts(layout: Layout) -> list[Part]:
     """Text runs and image blocks of a layout on the CPU, without padding and empty parts."""
-    text: tuple[list[Tensor], list[Tensor]] = ([], [])
-    image: tuple[list[Tensor], list[Tensor]] = ([], [])
     rows, length = layout.kinds.shape
-    for row in range(rows):
-        change = layout.block_ids[row].diff().nonzero().flatten() + 1
-        bounds = [0, *change.tolist(), length]
-        context: list[Tensor] = []
-        history: list[Tensor] = []  # the noisy blocks of the image at hand
-        document = -1
-        for start, end in pairwise(bounds):
-            if layout.document_ids[row, start] < 0:
-                continue
-            if layout.document_ids[row, start] != document:
-                context, history = [], []
-                document = int(layout.document_ids[row, start])
-            own = torch.arange(start, end) + row * length
-            kind = layout.kinds[row, start]
-            history = history if kind == BlockKind.FOLLOWING else []
-            queries, keys = text if kind == BlockKind.TEXT else image
-            queries.append(own)
-            keys.append(torch.cat([*context, *history, own]))
-            (context if kind < BlockKind.NOISY else history).append(own)
-    return [
-        Part(torch.cat(q), torch.cat(k), [*map(len, q)], [*map(len, k)], causal)
-        for (q, k), causal in ((text, True), (image, False))
-        if q
-    ]
+    kinds = layout.kinds.flatten()
+    real = layout.document_ids.flatten() >= 0
+    starts_document = _changes(layout.document_ids)
+    starts_block = starts_document | _changes(layout.block_ids)
+    place = torch.arange(rows * length)
+    documents = torch.where(starts_document, place, 0).cummax(0).values  # where each one begins
+    starts_image = starts_document | (starts_block & (kinds != BlockKind.FOLLOWING))
+    images = torch.where(starts_image, place, 0).cummax(0).values
+
+    starts = (starts_block & real).nonzero().flatten()
+    (bounds,) = starts_block.nonzero(as_tuple=True)
+    ends = torch.cat([bounds[1:], bounds.new_tensor([rows * length])])[real[bounds]]
+    follows = kinds[starts] == BlockKind.FOLLOWING
+    context, before = _listed(real & (kinds < BlockKind.NOISY))
+    noisy, noisy_before = _listed(real & (kinds >= BlockKind.NOISY))
+    # what a block sees is three stretches: of all context, of all noisy tokens, and itself
+    listed = torch.cat([context, noisy, place])
+    begins = torch.stack(
+        [
+            before[documents[starts]],
+            len(context) + noisy_before[images[starts]],
+            len(context) + len(noisy) + starts,
+        ],
+        dim=1,
+    )
+    lengths = torch.stack(
+        [
+            before[starts] - before[documents[starts]],
+            torch.where(follows, noisy_before[starts] - noisy_before[images[starts]], 0),
+            ends - starts,
+        ],
+        dim=1,
+    )
+    made = []
+    for causal in (True, False):
+        chosen = (kinds[starts] == BlockKind.TEXT) == causal
+        if chosen.any():
+            own, seen = lengths[chosen, 2], lengths[chosen]
+            queries = _stretches(starts[chosen], own)
+            keys = listed[_stretches(begins[chosen].flatten(), seen.flatten())]
+            made.append(Part(queries, keys, own.tolist(), seen.sum(1).tolist(), causal))
+    return made
+
+
+def _changes(ids: Tensor) -> Tensor:
+    """bool `[R * S]`: where a row begins or the number differs from the one before."""
+    return (ids.diff(dim=1, prepend=ids[:, :1] - 1) != 0).flatten()
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of the chosen tokens, and for each token how many of them come before it."""
+    return chosen.nonzero().flatten(), chosen.cumsum(0) - chosen.long()
+
+
+def _stretches(begins: Tensor, lengths: Tensor) -> Tensor:
+    """`begin, begin + 1, ...` of each stretch, one stretch behind the other."""
+    offsets = begins - (lengths.cumsum(0) - lengths)
+    return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

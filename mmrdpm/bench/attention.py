@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -38,7 +39,7 @@ _SIZES = {
 
 
 def bench_attention(threads: int, rounds: int) -> dict[str, Any]:
-    """Every backend that runs here on the same rows, planning included.
+    """Every backend that runs here on the same rows; planning is in all and by itself.
 
     A document is a text and noisy image blocks, of one length each.
     """
@@ -65,12 +66,13 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"milliseconds for {figures['tokens']} tokens, {figures['heads']} heads of"
         f" {figures['head_dim']}, one layer"
     )
-    shown.append("row length   documents   backend      forward   with backward")
+    shown.append("row length   documents   backend         plan    forward   with backward")
     for result in figures["results"]:
         for name, found in result["backends"].items():
             shown.append(
                 f"{result['row_length']:10d}   {result['documents']:9d}   {name:9s}"
-                f"   {1e3 * found['forward']:8.2f}   {1e3 * found['both']:13.2f}"
+                f"   {1e3 * found['plan']:8.2f}   {1e3 * found['forward']:8.2f}"
+                f"   {1e3 * found['both']:13.2f}"
             )
     return shown
 
@@ -127,12 +129,12 @@ def _measure(
     q, k, v = torch.randn(3, *shape, device=device).to(dtype).unbind()
     works: dict[str, Work] = {}
     for name in names:
+        works[f"{name} plan"] = partial(backend.planner(name), layout)
         works[f"{name} forward"] = _forward(backend.planner(name), layout, q, k, v)
         works[f"{name} both"] = _both(backend.planner(name), layout, q, k, v)
     seconds = {work: statistics.median(all_) for work, all_ in interleaved(works, rounds).items()}
-    found = {
-        name: {part: seconds[f"{name} {part}"] for part in ("forward", "both")} for name in names
-    }
+    parts = ("plan", "forward", "both")
+    found = {name: {part: seconds[f"{name} {part}"] for part in parts} for name in names}
     return {"row_length": length, "documents": documents, "backends": found}
 
 
