@@ -27,7 +27,7 @@ from torch import Tensor
 from mmrdpm import distributed, hub, recipe, weights
 from mmrdpm.errors import CheckpointError
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
 _RESUME = "resume"
 _STATE, _SHARDS = "state.safetensors", "shards"  # in the folder of a sharded state
 _LOCK = ".lock"
@@ -59,8 +59,8 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
             and not what is computed.
 
     Raises:
-        CheckpointError: there is a run already and `resume` is off; none, or one of another
-            recipe, and it is on.
+        CheckpointError: there is a run already, or a log, and `resume` is off; there is none, or
+            one of another recipe, and it is on.
     """
     path = run / RECIPE_FILE
     if not resume:
@@ -68,6 +68,8 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
             raise CheckpointError(
                 f"{run}: holds a run already: go on with --resume, or name another folder"
             )
+        if (log := run / LOG_FILE).exists():
+            raise CheckpointError(f"{log}: is the log of something else: name another folder")
         run.mkdir(parents=True, exist_ok=True)
         return
     if not path.exists():

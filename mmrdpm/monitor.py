@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from mmrdpm import distributed
+from mmrdpm.checkpoint import LOG_FILE
 from mmrdpm.errors import CheckpointError, RecipeError
 
 
@@ -184,7 +185,7 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         if distributed.is_main():
-            self._logs += [JsonLines(self.run / "metrics.jsonl", self._done)]
+            self._logs += [JsonLines(self.run / LOG_FILE, self._done)]
             self._logs += [TensorBoard(self.run / "tensorboard", self._done)]
             self._logs += [WandB(self._wandb, self.run)] if self._wandb else []
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -116,7 +116,7 @@ def _losses(run: Path) -> str:
 
 
 def _records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / checkpoint.LOG_FILE).read_text().splitlines()]
 
 
 def _curves(run: Path) -> str:

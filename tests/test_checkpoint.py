@@ -57,6 +57,13 @@ def test_resuming_needs_a_run_of_the_same_recipe(tmp_path):
         checkpoint.begin(run, CheckpointPolicy(every=7), resume=True)
 
 
+def test_the_log_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / checkpoint.LOG_FILE).write_text("{}\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: is the log of something else"):
+        checkpoint.begin(tmp_path, CheckpointPolicy(), resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LOG_FILE]
+
+
 def test_milestones_are_kept_and_orphaned_states_removed(tmp_path):
     for step in (10, 20, 30, 40):
         checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})

@@ -58,6 +58,8 @@ def test_a_split_that_local_files_lack_is_refused(datasets, tmp_path):
         assert len(opened("huggingface", tmp_path / place)) == 3
         with pytest.raises(DataError, match=f"{place}: .*split.*test|test.*split"):
             opened("huggingface", tmp_path / place, split="test")
+        with pytest.raises(DataError, match=f"{place}: has no subsets: .* 'subset' \\(large\\)"):
+            opened("huggingface", tmp_path / place, subset="large")
     assert len(opened("huggingface", tmp_path / "t.parquet", split="train[:2]")) == 2
 
 

@@ -82,6 +82,9 @@ def _fault(path: str, what: str, error: Exception, mend: str) -> DataError:
 
 def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) -> Any:
     place = Path(path).expanduser()
+    saved = any((place / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if subset and (saved or place.suffix.lower() in _BUILDERS):
+        raise DataError(f"{path}: has no subsets: leave out the source's key 'subset' ({subset})")
     if (place / "state.json").is_file() and not streaming:
         if split != "train":
             raise DataError(f"{path}: has no splits: leave out the source's key 'split' ({split})")
