@@ -1,9 +1,9 @@
 """How peers that `mmrdpm bench peers` has trained draw what they were never shown.
 
-    python scripts/peer_held_out.py runs/peers-emoji scales [ours ...] > held-out.jsonl
+    python scripts/peer_held_out.py runs/peers-emoji scales [ours ...] [key=value ...] > held-out.jsonl
 
 Draws up to 200 emoji of each split by the last checkpoint, at every guidance scale and temperature
-of the recipe's judging, and prints a JSON line each: the shares whose concept is the nearest, and
+of the recipe's judging (overridden by key=value), and prints a JSON line each: the shares whose concept is the nearest, and
 among the ten nearest, of all without a skin tone, and KID from the true pictures.
 """
 
@@ -28,8 +28,8 @@ SPLITS, NAMES, AT_ONCE = ("train", "held_out_tone", "held_out_concept"), 200, 50
 
 
 @torch.no_grad()
-def main(out: Path, names: list[str]) -> None:
-    loaded = recipe.load(PeerBench, out / checkpoint.RECIPE_FILE)
+def main(out: Path, names: list[str], overrides: list[str]) -> None:
+    loaded = recipe.load(PeerBench, out / checkpoint.RECIPE_FILE, overrides)
     machine.prepare(loaded.equal.threads)
     scene, judge, judging = Scene(loaded), drawn.emoji_judge(), loaded.judging
     data = scene.data
@@ -59,4 +59,5 @@ def main(out: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    given = sys.argv[2:]
+    main(Path(sys.argv[1]), [g for g in given if "=" not in g], [g for g in given if "=" in g])
