@@ -1,10 +1,11 @@
 """How peers that `mmrdpm bench peers` has trained draw what they were never shown.
 
-    python scripts/peer_held_out.py runs/peers-emoji scales [ours ...] [key=value ...] > held-out.jsonl
+    python scripts/peer_held_out.py runs/peers-emoji scales [ours ...] [key=value ...]
 
 Draws up to 200 emoji of each split by the last checkpoint, at every guidance scale and temperature
-of the recipe's judging (overridden by key=value), and prints a JSON line each: the shares whose concept is the nearest, and
-among the ten nearest, of all without a skin tone, and KID from the true pictures.
+of the recipe's judging, whose keys can be overridden, and prints a JSON line each: the shares whose
+concept is the nearest, and among the ten nearest, of all without a skin tone, and KID from the true
+pictures.
 """
 
 from __future__ import annotations
