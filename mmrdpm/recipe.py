@@ -112,12 +112,18 @@ def _override(mapping: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the value is not valid YAML: {why}") from None
     *parents, last = key.split(".")
     for parent in parents:
+        parent = _known_as(mapping, parent)
         if mapping.get(parent) is None:
             mapping[parent] = {}
         mapping = mapping[parent]
         if not isinstance(mapping, dict):
             raise RecipeError(f"override {override!r}: {parent!r} holds no keys of its own")
-    mapping[last] = value
+    mapping[_known_as(mapping, last)] = value
+
+
+def _known_as(mapping: dict[Any, Any], key: str) -> Any:
+    """The key as the file has it: YAML reads some as numbers."""
+    return next((known for known in mapping if str(known) == key), key)
 
 
 def _schema(schema: type[T], mapping: Any, where: str, prefix: str) -> T:

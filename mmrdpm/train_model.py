@@ -376,19 +376,19 @@ class Trainer:
         guard.bad_in_a_row, guard.rollbacks = 0, guard.rollbacks + 1
         return f"back to {latest.name}, the data goes on"
 
-    def model(self) -> Model:
+    def model(self, averaged: bool = True) -> Model:
         """The model as it stands, its weights averaged if they are, to sample from."""
         transformer, recipe = self.transformer, self.recipe
-        if self.average:
+        if averaged and self.average:
             transformer = build(recipe.model, self.vocabulary, self.images).to(self.device)
             weights.fill(transformer, self.average.tensors)
-        context = recipe.data.seq_len
-        return Model(transformer, self.images, self.texts, recipe.sampling, context)
+        return Model(transformer, self.images, self.texts, recipe.sampling, recipe.data.seq_len)
 
     def check_prompts(self) -> None:
         """Raises UsageError where a prompt to sample is empty or too long."""
+        asked = self.model(averaged=False)
         for prompt in () if self.parallel.sharded else self.recipe.samples.prompts:
-            self.model().prompt_ids(prompt)
+            asked.prompt_ids(prompt)
 
     def sample(self, monitor: Monitor) -> None:
         """Draws and captions into the log, on rank 0.

@@ -10,9 +10,9 @@ pictures.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -20,10 +20,12 @@ import torch
 from PIL import Image
 
 from mmrdpm import checkpoint, machine, recipe, weights
+from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
 from mmrdpm.bench.peers.trainer import Trainer
 from mmrdpm.evaluation import drawn
 from mmrdpm.evaluation.emoji import choose
+from mmrdpm.train_model import Tokenizers
 
 SPLITS, NAMES, AT_ONCE = ("train", "held_out_tone", "held_out_concept"), 200, 50
 
@@ -32,12 +34,15 @@ SPLITS, NAMES, AT_ONCE = ("train", "held_out_tone", "held_out_concept"), 200, 50
 def main(out: Path, names: list[str], overrides: list[str]) -> None:
     loaded = recipe.load(PeerBench, out / checkpoint.RECIPE_FILE, overrides)
     machine.prepare(loaded.equal.threads)
+    own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
+    loaded = replace(loaded, tokenizers=own)
     scene, judge, judging = Scene(loaded), drawn.emoji_judge(), loaded.judging
     data = scene.data
     for name in names:
         trainer = Trainer(name, loaded, scene, out, lr=0.0, steps=1)
         latest = checkpoint.newest(out / name / "run")
-        assert latest, f"{out / name}: not trained"
+        if latest is None:
+            raise SystemExit(f"{out / name}: not trained")
         weights.load_into(trainer.peer, latest)
         temperatures = judging.temperatures if trainer.peer.draws_codes else (1.0,)
         grid = product(SPLITS, trainer.peer.steps, judging.guidance_scales, temperatures)
@@ -60,5 +65,9 @@ def main(out: Path, names: list[str], overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    given = sys.argv[2:]
-    main(Path(sys.argv[1]), [g for g in given if "=" not in g], [g for g in given if "=" in g])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="folder of mmrdpm bench peers")
+    parser.add_argument("names", nargs="+", metavar="PEER|key=value")
+    given = parser.parse_args()
+    peers = [word for word in given.names if "=" not in word]
+    main(given.out, peers or parser.error("name a peer"), [w for w in given.names if "=" in w])

@@ -10,16 +10,19 @@ that of the true pictures of two different concepts.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mmrdpm import checkpoint, machine, recipe, weights
+from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.run import read
 from mmrdpm.bench.peers.trainer import Trainer
 from mmrdpm.evaluation import drawn
+from mmrdpm.train_model import Tokenizers
 
 CONCEPTS, SEEDS = 100, 4
 
@@ -27,6 +30,8 @@ CONCEPTS, SEEDS = 100, 4
 def main(out: Path, names: list[str]) -> None:
     loaded = recipe.load(PeerBench, out / checkpoint.RECIPE_FILE)
     machine.prepare(loaded.equal.threads)
+    own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
+    loaded = replace(loaded, tokenizers=own)
     scene = Scene(loaded)
     quality = Quality(scene, loaded.judging)
     real, features = quality.real[:CONCEPTS], quality.judge.features

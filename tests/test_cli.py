@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from mmrdpm import api, cli
 from mmrdpm.api import Model
@@ -275,6 +277,15 @@ def test_pictures_are_saved_as_they_come(run, tiny_run, tmp_path, monkeypatch):
     status, out, _ = run(*options)
     assert status == 0 and len(out.splitlines()) == 4
     assert [(tmp_path / line).read_bytes() for line in out.splitlines()[:2]] == early
+
+
+def test_paths_go_to_stdout_beside_a_bar_on_stderr(run, tiny_run, monkeypatch):
+    monkeypatch.setattr(use, "_AT_ONCE", 1)
+    monkeypatch.setattr(use, "Console", partial(Console, force_terminal=True))
+    options = ("generate", "a", "--n", "2", "--model", tiny_run)
+    status, out, err = run(*options)
+    assert status == 0 and out.splitlines() == ["a-0.png", "a-1.png"]
+    assert "drawing" in err and "a-0.png" not in err
 
 
 def test_a_guidance_that_leaves_no_numbers_is_refused(run, tiny_run):

@@ -15,10 +15,9 @@ from mmrdpm.cli import main
 from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.inspect import inspect
 from mmrdpm.data.pictures import PictureError, open_picture
-from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.data.sources.cached import shard_path
-from mmrdpm.errors import DataError, RecipeError
+from mmrdpm.errors import DataError
 from mmrdpm.rdpm import image_tokenizer
 
 BOM = b"\xef\xbb\xbf"
@@ -54,9 +53,16 @@ def test_a_split_that_local_files_lack_is_refused(datasets, tmp_path):
     data = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
     data.to_parquet(str(tmp_path / "t.parquet"))
     data.save_to_disk(str(tmp_path / "saved"))
-    for place in ("t.parquet", "saved"):
+    assert len(opened("huggingface", tmp_path / "saved", streaming=True)) == 3
+    datasets.DatasetDict(train=data).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(DataError, match="splits: has no split 'test': choose one of train"):
+        opened("huggingface", tmp_path / "splits", split="test")
+    for place, unknown in (
+        ("t.parquet", 'the data set could not be opened .*Unknown split "test"'),
+        ("saved", r"has no splits: .* 'split' \(test\)"),
+    ):
         assert len(opened("huggingface", tmp_path / place)) == 3
-        with pytest.raises(DataError, match=f"{place}: .*split.*test|test.*split"):
+        with pytest.raises(DataError, match=rf"/{place}: {unknown}"):
             opened("huggingface", tmp_path / place, split="test")
         with pytest.raises(DataError, match=f"{place}: has no subsets: .* 'subset' \\(large\\)"):
             opened("huggingface", tmp_path / place, subset="large")
@@ -120,9 +126,13 @@ def test_a_file_that_is_no_shard_of_the_cache_is_named(fault, tiny_tokenizers, t
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "..", ""])
-def test_a_source_is_not_named_by_a_path(name):
-    with pytest.raises(RecipeError, match="use no slashes"):
-        DataPlan(sources={name: SourceConfig("emoji")})
+def test_a_source_whose_files_would_lie_elsewhere_is_refused(name, tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"kind: model\ndata: {{sources: {{{name!r}: {{type: emoji}}}}}}\n")
+    for job in (["cache", str(path)], ["inspect", str(path)]):
+        assert main(["data", *job, "--out", str(tmp_path / "out")]) == 1
+        assert "use no slashes" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
 def test_blank_lines_and_marks_of_windows_are_no_records(tmp_path):

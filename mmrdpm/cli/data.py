@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +43,10 @@ def add(commands: Commands) -> None:
 
 def data_inspect(options: argparse.Namespace) -> None:
     """Shows the first records of data: sizes, captions and problems."""
-    for name, config in _configs(options.source, options.overrides).items():
+    configs = _configs(options.source, options.overrides)
+    if options.out:
+        _check_names(configs)
+    for name, config in configs.items():
         source = open_source(name, config)
         size = f", {len(source)} records" if isinstance(source, Indexed) else ""
         print(f"{name}: {config.type}{size}")
@@ -82,9 +85,19 @@ def _is_recipe(name: str) -> bool:
         return False
 
 
+def _check_names(names: Iterable[str]) -> None:
+    """Refuses names of sources that do not do as names of files."""
+    for name in names:
+        if not name.strip(".") or Path(name).name != name:
+            raise UsageError(
+                f"data.sources: {name!r} is to name a file: use no slashes, nor dots alone"
+            )
+
+
 def data_cache(options: argparse.Namespace) -> None:
     """Caches the latents of a recipe's images; started again, it goes on; also under torchrun."""
     loaded = recipe.load(ModelRecipe, recipe_file(options.recipe, ("model",)), options.overrides)
+    _check_names(loaded.data.sources)
     distributed.take_device()
     writers = {
         name: writer

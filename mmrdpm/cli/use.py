@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from mmrdpm import api
 from mmrdpm.cli.common import Commands, command, count, model_option
 from mmrdpm.data.pictures import contact_sheet, open_picture, save_picture, to_square
 from mmrdpm.errors import UsageError
 
-_AT_ONCE = 64  # pictures drawn together, before they are saved
+_AT_ONCE = 128  # pictures drawn before they are saved: whole groups, of whatever device
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -71,27 +72,30 @@ def generate(options: argparse.Namespace) -> None:
         model.prompt_ids(prompt)
         api.check_seed(seed)
     parts = [slice(start, start + _AT_ONCE) for start in range(0, len(jobs), _AT_ONCE)]
-    console = Console(stderr=True)
-    for part in track(parts, "drawing", console=console, transient=True, disable=len(parts) == 1):
-        prompts, seeds = zip(*jobs[part], strict=True)
-        if options.trace:
-            pictures = [model.trace(*job, **how) for job in jobs[part]]
-        else:
-            pictures = [[picture] for picture in model.generate(prompts, seeds, **how)]
-        for path, states in zip(paths[part], pictures, strict=True):
-            _save(path, states, options.trace)
+    quiet = len(parts) == 1 or sys.stdout.isatty()  # the paths show how far it is
+    with Progress(
+        console=Console(stderr=True), transient=True, redirect_stdout=False, disable=quiet
+    ) as bar:
+        for part in bar.track(parts, description="drawing"):
+            prompts, seeds = zip(*jobs[part], strict=True)
+            if options.trace:
+                pictures = [model.trace(*job, **how) for job in jobs[part]]
+            else:
+                pictures = [[picture] for picture in model.generate(prompts, seeds, **how)]
+            for path, states in zip(paths[part], pictures, strict=True):
+                _save(path, states, options.trace)
 
 
 def _save(path: Path, states: list[Image.Image], trace: bool) -> None:
     """Writes the last state, with `trace` all of them beside it, and prints the paths."""
     save_picture(states[-1], path)
-    print(path)
+    print(path, flush=True)
     if trace:
         strip, film = (path.with_name(f"{path.stem}-trace.{e}") for e in ("png", "gif"))
         save_picture(contact_sheet([states]), strip)
         frames = {"save_all": True, "append_images": states[1:], "duration": 200, "loop": 0}
         save_picture(states[0], film, **frames)
-        print(strip, film, sep="\n")
+        print(strip, film, sep="\n", flush=True)
 
 
 def caption(options: argparse.Namespace) -> None:

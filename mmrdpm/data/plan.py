@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from mmrdpm.data.sources import SourceConfig
@@ -48,12 +47,6 @@ class DataPlan:
     workers: int = field(default=0, metadata={"min": 0})
 
     def __post_init__(self) -> None:
-        for name in self.sources:  # of a cache's folder too
-            if not name.strip(".") or Path(name).name != name:
-                raise RecipeError(
-                    f"data.sources: {name!r} names a source, and files of its own: use no slashes,"
-                    " nor dots alone"
-                )
         total = math.fsum(source.weight for source in self.sources.values())
         if self.sources and abs(total - 1) > 1e-6:
             shares = ", ".join(f"{n}: {s.weight / total:.6g}" for n, s in self.sources.items())

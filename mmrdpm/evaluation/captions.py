@@ -71,7 +71,7 @@ class CaptionsEvaluation:
             def make(files: Sequence[Path] = files) -> list[str]:
                 return self.model.caption([open_picture(path) for path in files])
 
-            captions += self.store.kept("captions", [*self.of, start], make)
+            captions += self.store.texts("captions", [*self.of, start], len(files), make)
         return captions
 
 

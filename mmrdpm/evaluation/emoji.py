@@ -216,9 +216,10 @@ class EmojiEvaluation:
     def captions(self, group: Group) -> list[str]:
         """The captions of the real pictures."""
         pictures = self.store.progress(f"captioning {group.name}", group.pictures)
-        return self.store.kept(
+        return self.store.texts(
             "captions",
             group.protocol,
+            len(group.pictures),
             lambda: [caption for picture in pictures for caption in self.model.caption([picture])],
         )
 

@@ -30,7 +30,7 @@ from mmrdpm.evaluation.figure import Figure, digest
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _FORMAT = 2  # raised when the same key would come to mean another content
-_CHUNK = 64  # pictures drawn between two writes
+_CHUNK = 128  # pictures drawn between two writes
 
 _JUDGES = (  # packages that figures follow from
     "efficientnet-lite-pytorch",
@@ -89,6 +89,22 @@ class Store:
         content = make()
         write_json(path, {"part": part, "content": content})
         return content
+
+    def texts(self, part: str, of: Any, count: int, make: Callable[[], list[str]]) -> list[str]:
+        """The same for `count` texts.
+
+        Raises:
+            DataError: something else was kept.
+        """
+        found = self.kept(part, of, make)
+        if not (
+            isinstance(found, list)
+            and len(found) == count
+            and all(isinstance(text, str) for text in found)
+        ):
+            path = self._part(part, of)
+            raise DataError(f"{path}: is not {count} texts: remove it, and it is made anew")
+        return found
 
     def pictures(
         self, title: str, prompts: Sequence[str], seed: int, how: Any, draw: Draw

@@ -12,6 +12,7 @@ from mmrdpm import recipe, shipped
 from mmrdpm.data.emoji import Split
 from mmrdpm.errors import RecipeError
 from mmrdpm.evaluation.captioned import Words
+from mmrdpm.sampling.image import MOST_GUIDANCE
 
 GROUPS: dict[str, Split] = {
     "training concepts": "train",
@@ -60,7 +61,9 @@ class EmojiSuite:
     names: int = field(default=200, metadata={"min": 1})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     seeds: int = field(default=2, metadata={"min": 2})
-    guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
+    guidance_scales: tuple[float, ...] = field(
+        default=(1.0, 2.0, 3.0, 5.0), metadata={"min": 0.0, "max": MOST_GUIDANCE}
+    )
     guidance_names: int = field(default=50, metadata={"min": 1})
     retrieval: int = field(default=50, metadata={"min": 2})
     texts: str | None = None
@@ -185,12 +188,8 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Suite:
     _known(suite.metrics, suite.KNOWN, f"{path}: metrics")
     if isinstance(suite, EmojiSuite | TokenizerSuite):
         _known(suite.groups, tuple(GROUPS), f"{path}: groups")
-    if isinstance(suite, EmojiSuite) and "guidance" in suite.metrics:
-        scales = suite.guidance_scales
-        if not scales or min(scales) < 0:
-            raise RecipeError(
-                f"{path}: guidance_scales is {list(scales)}: name at least one, each at least 0"
-            )
+    if isinstance(suite, EmojiSuite) and "guidance" in suite.metrics and not suite.guidance_scales:
+        raise RecipeError(f"{path}: guidance_scales is empty: name at least one")
     return suite
 
 

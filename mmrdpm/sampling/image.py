@@ -31,7 +31,7 @@ from mmrdpm.vocabulary import Vocabulary
 
 _GROUPS = {"cpu": (64, 256), "cuda": (2048,)}  # image positions in a group, about, by device
 _PROMPT_MULTIPLE = 16  # tokens to a multiple of which prompts are padded
-_MOST_GUIDANCE = 1000  # logits stay numbers
+MOST_GUIDANCE = 1000.0  # logits stay numbers
 _LIGHT = 2e9  # FLOP of an image's step, below which its matrices are too small to be divided
 _VECTOR = 64  # values, the most that a CPU computes at once: two registers of AVX-512 in bfloat16
 _SEEN: WeakKeyDictionary[Transformer, tuple[int, dict[tuple, bool]]] = WeakKeyDictionary()
@@ -61,9 +61,9 @@ class Guided(Choice):
         if self.guidance_schedule not in get_args(GuidanceSchedule):
             known = ", ".join(get_args(GuidanceSchedule))
             raise UsageError(f"guidance schedule {self.guidance_schedule!r}: choose one of {known}")
-        if not 0 <= self.guidance_scale <= _MOST_GUIDANCE:
+        if not 0 <= self.guidance_scale <= MOST_GUIDANCE:
             raise UsageError(
-                f"guidance scale {self.guidance_scale}: it must be from 0 to {_MOST_GUIDANCE}"
+                f"guidance scale {self.guidance_scale}: it must be from 0 to {MOST_GUIDANCE:g}"
             )
 
 

@@ -22,6 +22,7 @@ from mmrdpm.errors import RecipeError
 from mmrdpm.machine import Precision
 from mmrdpm.optim import OptimizerConfig
 from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.sampling.image import MOST_GUIDANCE
 from mmrdpm.train_model import Tokenizers
 
 Caption = tuple[int, ...]
@@ -87,15 +88,17 @@ class Judging:
     """
 
     concepts: int = field(default=200, metadata={"min": 2})
-    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
+    guidance_scales: tuple[float, ...] = field(
+        default=(1.0, 1.5, 2.0, 4.0), metadata={"min": 1.0, "max": MOST_GUIDANCE}
+    )
     temperatures: tuple[float, ...] = (0.4, 0.7)
     speed_batches: tuple[int, ...] = (1, 64)
     repeats: int = field(default=3, metadata={"min": 1})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
 
     def __post_init__(self) -> None:
-        if not self.guidance_scales or min(self.guidance_scales) < 1:
-            raise RecipeError("judging.guidance_scales: name at least one scale, each at least 1")
+        if not self.guidance_scales:
+            raise RecipeError("judging.guidance_scales: name at least one scale")
         if not self.temperatures or min(self.temperatures) <= 0:
             raise RecipeError("judging.temperatures: name at least one, each above 0")
         if not self.speed_batches or min(self.speed_batches) < 1:

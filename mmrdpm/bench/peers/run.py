@@ -91,7 +91,8 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     if finished and {name for name in MAKERS if _is_done(out, name)} - _timed(out):
         say("timing how the peers learn and draw, in turns")
         for name, reason in _time(recipe, scene, quality, out).items():
-            say(f"{name} was not timed ({reason}): once it can be, remove {out / TIMING_FILE}")
+            again = f": once it can be, remove {out / TIMING_FILE}" if name in _timed(out) else ""
+            say(f"{name} was not timed ({reason}){again}")
     report.write(out, _results(out))
     return finished
 

@@ -85,12 +85,16 @@ def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) ->
     saved = any((place / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if subset and (saved or place.suffix.lower() in _BUILDERS):
         raise DataError(f"{path}: has no subsets: leave out the source's key 'subset' ({subset})")
-    if (place / "state.json").is_file() and not streaming:
+    if (place / "state.json").is_file():
         if split != "train":
             raise DataError(f"{path}: has no splits: leave out the source's key 'split' ({split})")
         return datasets.load_from_disk(str(place))
     if (place / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(place))[split]
+        saved_splits = datasets.load_from_disk(str(place))
+        if split not in saved_splits:
+            known = ", ".join(saved_splits)
+            raise DataError(f"{path}: has no split {split!r}: choose one of {known}")
+        return saved_splits[split]
     if builder := _BUILDERS.get(place.suffix.lower()):
         files = {"train": str(place)}
         return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
