@@ -11,13 +11,13 @@ import torch
 from mmrdpm import machine
 
 _INTERRUPTED = """
-import time, torch
+import os, time, torch
 from mmrdpm import machine
 torch.set_num_threads(2)
 begun, done = [], []
 def work(thing):
     begun.append(thing)
-    print("begun", flush=True)
+    os.write(1, b"begun\\n")  # at once: lines of two threads stay apart
     time.sleep(0.5)
     done.append(thing)
 try:
