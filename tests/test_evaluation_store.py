@@ -177,3 +177,13 @@ def test_a_damaged_figure_is_named(key, value, tmp_path, capsys):
     assert main(["eval", "compare", str(tmp_path), str(path)]) == 1
     message = capsys.readouterr().err
     assert f"{path}: figure 'a/b/c': its {key} is " in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("kept", [3, ["a"], ["a", 5]])
+def test_kept_texts_that_are_none_are_named(kept, tmp_path):
+    kept_in = Store(tmp_path, "model")
+    assert kept_in.texts("captions", "x", 2, lambda: ["a", "b"]) == ["a", "b"]
+    (path,) = (tmp_path / "parts").iterdir()
+    path.write_text(json.dumps({"part": "captions", "content": kept}))
+    with pytest.raises(DataError, match=f"{path.name}: is not 2 texts: remove it"):
+        kept_in.texts("captions", "x", 2, lambda: ["c", "d"])
