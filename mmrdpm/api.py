@@ -78,7 +78,7 @@ def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokeni
     images.noise_pool = config.noise_pool
     channels, num_timesteps = images.latent_channels, images.num_timesteps
     transformer = Transformer(config, vocabulary.size, channels, num_timesteps)
-    transformer.know_codes(images.codebook.codes)
+    transformer.know_codes(images.codebook.codes, images.estimates)
     return transformer
 
 

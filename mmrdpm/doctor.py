@@ -16,9 +16,9 @@ from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.attention import backend
 from mmrdpm.data.loader import Loader
 from mmrdpm.errors import MmrdpmError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import Kind, make_plan
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.train_model import ModelRecipe
 from mmrdpm.vocabulary import Vocabulary
 
 _OPTIONAL = {  # package -> what it is for

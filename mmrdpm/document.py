@@ -37,12 +37,15 @@ class ImageSegment:
         states: float32 `[T + 1, *grid, C]`, row t holds `x_t`; row T is the start noise.
         timesteps: those that are learned, each 1..T.
         clean: whether a later segment sees the image.
+        residuals: float32 `[T, *grid, C]`, row `t - 1` what the codes of timestep t are nearest to,
+            where a loss is to know it, see `objective.loss`.
     """
 
     code_indices: Tensor
     states: Tensor
     timesteps: tuple[int, ...] = ()
     clean: bool = False
+    residuals: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -66,6 +69,7 @@ class Packed:
         latents: float32 `[R, S, 2 C]`, `(x_t, x_T)` at image positions, zero elsewhere.
         timesteps: int64 `[R, S]`, 0 in clean and t in noisy blocks, `TEXT_TIMESTEP` elsewhere.
         targets: int64 `[R, S]`, token ids over the whole vocabulary, or `NO_TARGET`.
+        residuals: float32 `[R, S, C]`, what a target code is nearest to, zero where unknown.
         positions: int64 `[R, S, 1 + grid rank]`: slot, then place in the grid.
         layout: who sees whom.
     """
@@ -74,6 +78,7 @@ class Packed:
     latents: Tensor
     timesteps: Tensor
     targets: Tensor
+    residuals: Tensor
     positions: Tensor
     layout: Layout
 
@@ -92,6 +97,7 @@ class Packed:
             change(self.latents),
             change(self.timesteps),
             change(self.targets),
+            change(self.residuals),
             change(self.positions),
             Layout(*map(change, (layout.document_ids, layout.block_ids, layout.kinds))),
         )
@@ -169,6 +175,7 @@ class _Part:
     timestep: int
     token_ids: Tensor | None
     latents: Tensor | None
+    residuals: Tensor | None
     targets: Tensor
     positions: Tensor
 
@@ -181,20 +188,23 @@ def _parts(
         targets = torch.cat([token_ids[1:], torch.tensor([NO_TARGET])])
         positions = torch.zeros(len(token_ids), 1 + grid_rank, dtype=torch.int64)
         positions[:, 0] = slot + torch.arange(len(token_ids))
-        return [_Part(BlockKind.TEXT, TEXT_TIMESTEP, token_ids, None, targets, positions)]
+        return [_Part(BlockKind.TEXT, TEXT_TIMESTEP, token_ids, None, None, targets, positions)]
     positions = grid_positions(segment.grid, slot)
     start = segment.states[-1].flatten(0, -2)
     parts = []
     for timestep in segment.blocks:
+        residuals = torch.zeros_like(start)
         latents = torch.cat([segment.states[timestep].flatten(0, -2), start], dim=-1)
         if timestep:
             targets = vocabulary.code_token_ids(segment.code_indices[timestep - 1].flatten())
+            if segment.residuals is not None:
+                residuals = segment.residuals[timestep - 1].flatten(0, -2)
         else:
             # what later segments see is the image, whatever noise it was drawn from
             latents[:, latents.shape[1] // 2 :] = 0
             targets = torch.full((len(latents),), NO_TARGET)
         kind = BlockKind.NOISY if timestep else BlockKind.CLEAN
-        parts.append(_Part(kind, timestep, None, latents, targets, positions))
+        parts.append(_Part(kind, timestep, None, latents, residuals, targets, positions))
     return parts
 
 
@@ -220,6 +230,7 @@ def _empty(
         latents=torch.zeros(*shape, 2 * latent_channels),
         timesteps=torch.full(shape, TEXT_TIMESTEP),
         targets=torch.full(shape, NO_TARGET),
+        residuals=torch.zeros(*shape, latent_channels),
         positions=torch.zeros(*shape, 1 + grid_rank, dtype=torch.int64),
         layout=Layout(
             torch.full(shape, -1),
@@ -256,6 +267,7 @@ def _place(packed: Packed, parts: Sequence[_Part], about: Tensor) -> None:
     for field, part_values, mask in (
         (packed.token_ids, [part.token_ids for part in parts], text),
         (packed.latents, [part.latents for part in parts], ~text),
+        (packed.residuals, [part.residuals for part in parts], ~text),
     ):
         if there := [values for values in part_values if values is not None]:
             field.flatten(0, 1)[where[mask]] = torch.cat(there)

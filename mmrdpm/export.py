@@ -11,7 +11,7 @@ import torch
 from mmrdpm import checkpoint, recipe, weights
 from mmrdpm.api import TOKENIZER_FILES
 from mmrdpm.errors import CheckpointError, RecipeError
-from mmrdpm.train_model import ModelRecipe
+from mmrdpm.model_recipe import ModelRecipe
 
 
 def export(run: Path, folder: Path, overrides: Sequence[str] = (), int8: bool = False) -> Path:

@@ -136,7 +136,7 @@ class LanguageModel:
         Raises:
             CheckpointError: its file cannot be read.
         """
-        if name.startswith(("from_latents", "timesteps", "from_codes")):
+        if name.startswith(("from_latents", "timesteps", "from_codes", "precision")):
             return self._way_in(name, shape)
         whole = convert(name, self.shape, self._get)
         if name.startswith(("table", "unembedding")):

@@ -22,7 +22,7 @@ class Losses:
 
     Attributes:
         total: the weighted mean that training lowers, a scalar with a gradient.
-        per_token: float32 `[M]` of the M targets, detached.
+        per_token: float32 `[M]` of the M targets themselves, whatever the labels, detached.
         timesteps: int64 `[M]`, the timestep of each target, `TEXT_TIMESTEP` for text.
     """
 
@@ -48,6 +48,7 @@ def loss(
     text_weight: float = 1.0,
     z_weight: float = 0.0,
     divisor: Tensor | None = None,
+    soft_labels: float = 0.0,
 ) -> Losses:
     """Cross-entropy at every target; text targets weigh `text_weight`, image targets 1.
 
@@ -57,6 +58,10 @@ def loss(
     Args:
         z_weight: of the squared log of the softmax's denominator, which keeps logits from drifting
             (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4).
+        soft_labels: temperature tau of the codes' labels: code k is wanted with a probability in
+            proportion to `exp(-||r_t / g_t - e_k||^2 / tau)` (Lee et al. 2022, arXiv 2203.01941,
+            section 3.2.3), which says where the residual lies and not only to which code it is
+            nearest. 0 is the nearest code alone. Needs `code_geometry`.
         divisor: the summed weights of the whole batch where these rows are only a part of it.
     """
     learned = packed.targets != NO_TARGET
@@ -64,23 +69,41 @@ def loss(
     timesteps = packed.timesteps[learned]
     targets = packed.targets[learned]
     size = PARTS.get(hidden.device.type, PARTS["cuda"])
-    parts = zip(hidden.split(size), targets.split(size), strict=True)
-    scored = [model.once_or_twice(_score, model, h, t, z_weight) for h, t in parts]
-    per_token, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
+    labels = (timesteps, targets, packed.residuals[learned])
+    parts = zip(*(each.split(size) for each in (hidden, *labels)), strict=True)
+    scored = [model.once_or_twice(_score, model, soft_labels, z_weight, *part) for part in parts]
+    per_token, wanted, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
     weights = _weights(timesteps, text_weight)
     if divisor is None:
         divisor = weights.sum()
-    raised = per_token + z_weight * squared_z if z_weight else per_token
+    raised = wanted + z_weight * squared_z if z_weight else wanted
     total = (raised * weights).sum() / divisor.clamp(min=1e-8)
     return Losses(total, per_token.detach(), timesteps)
 
 
 def _score(
-    model: Transformer, hidden: Tensor, targets: Tensor, z_weight: float
-) -> tuple[Tensor, Tensor]:
+    model: Transformer,
+    soft_labels: float,
+    z_weight: float,
+    hidden: Tensor,
+    timesteps: Tensor,
+    targets: Tensor,
+    residuals: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every target: its cross-entropy, that of what is learned, the squared log-partition."""
     logits = model.logits(hidden).float()
     squared_z = logits.logsumexp(-1).square() if z_weight else logits.new_zeros(len(targets))
-    return cross_entropy(logits, targets, reduction="none"), squared_z
+    exact = cross_entropy(logits, targets, reduction="none")
+    if not soft_labels:
+        return exact, exact, squared_z
+    assert model.code_features is not None
+    codes = model.code_features[:, :-1]
+    with torch.autocast(hidden.device.type, enabled=False):
+        near = (2 * residuals @ codes.T - codes.square().sum(1)) / soft_labels
+    # cross-entropy is linear in the labels: the mean log-probability of the codes that are wanted
+    of_codes = logits[:, -len(codes) :]
+    soft = logits.logsumexp(-1) - (near.softmax(-1) * of_codes).sum(-1)
+    return exact, torch.where(timesteps > 0, soft, exact), squared_z
 
 
 def _weights(timesteps: Tensor, text_weight: float) -> Tensor:

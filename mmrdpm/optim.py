@@ -138,7 +138,7 @@ def width_scale(name: str, by_muon: bool, ratio: float) -> float:
     """
     if by_muon:
         return ratio**0.5
-    outside = name.startswith(("from_latents", "timesteps", "norms"))
+    outside = name.startswith(("from_latents", "timesteps", "precisions", "norms"))
     return 1.0 if outside or name.endswith(("q_norm", "k_norm")) else ratio
 
 

@@ -26,11 +26,11 @@ from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed
 from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
 from mmrdpm.errors import MmrdpmError, UsageError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.objective import PARTS
 from mmrdpm.optim import Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.tally import Tally
-from mmrdpm.train_model import ModelRecipe
 from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
@@ -262,7 +262,8 @@ def _blank(rows: int, seq_len: int, images: ImageTokenizer) -> Packed:
     latents = torch.zeros(rows, seq_len, 2 * images.latent_channels)
     positions = torch.zeros(rows, seq_len, 1 + len(images.grid), dtype=torch.int64)
     layout = Layout(number(), number(), number())
-    return Packed(number(), latents, number(), number(), positions, layout)
+    residuals = latents[..., : images.latent_channels]
+    return Packed(number(), latents, number(), number(), residuals, positions, layout)
 
 
 class _Exact(torch.autograd.Function):

@@ -28,9 +28,15 @@ from mmrdpm.vocabulary import Vocabulary
 R = TypeVar("R")
 
 _SPECS = (language_model.CONFIG_FILE, checkpoint.RECIPE_FILE)
-_FREE = ("init_from", "sees_start_noise", "noise_pool", "history", "code_geometry")
+_FREE = (
+    *("init_from", "sees_start_noise", "noise_pool", "history"),
+    *("code_geometry", "preconditioning", "places"),
+)
 """Keys of the recipe, whatever it begins with."""
-_OF_IMAGES = ("from_latents.weight", "timesteps.weight", "from_codes.weight")
+_OF_IMAGES = (
+    *("from_latents.weight", "timesteps.weight", "from_codes.weight"),
+    *("precision.weight", "precisions.weight"),
+)
 """Drawn anew where they do not fit: other image tokenisers have other latents and codes."""
 
 
@@ -168,11 +174,9 @@ def _described(name: str, given: TransformerConfig) -> tuple[TransformerConfig, 
     origin = _open(hub.resolve("models", name, (*_SPECS, *_text_files())))
     if isinstance(origin, LanguageModel):
         return origin.config, name
-    for key, lost in (
-        ("history", origin.config.history != given.history),  # no weight would show it
-        ("code_geometry", origin.config.code_geometry and not given.code_geometry),
-    ):
-        if lost:
+    kept = [key for key in ("code_geometry", "preconditioning") if getattr(origin.config, key)]
+    for key in ("history", "places", *kept):  # no weight would show the first two
+        if getattr(origin.config, key) != getattr(given, key):
             raise RecipeError(
                 f"model.init_from is {name}, which was trained with model.{key}"
                 f" {str(getattr(origin.config, key)).lower()}: write the same"

@@ -17,7 +17,8 @@ from mmrdpm.api import Model
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.errors import CheckpointError
-from mmrdpm.train_model import ModelRecipe, train
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import train
 
 PROMPTS = ("red heart", "red paper lantern", "snowman", "rainbow", "dog face", "pizza")
 TEXTS = ("A lantern is", "A hospital is", "a cat is")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,105 +18,20 @@ from torch import Tensor
 from mmrdpm import api, checkpoint, distributed, machine, pretrained, text_tokenizer, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES, Model, build
 from mmrdpm.attention import backend
-from mmrdpm.attention.backend import Name
-from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.loader import Loader, merge_states
-from mmrdpm.data.plan import DataPlan
 from mmrdpm.engine import parallel, shards
-from mmrdpm.engine.guard import Guard, GuardConfig
+from mmrdpm.engine.guard import Guard
 from mmrdpm.engine.meter import Meter
-from mmrdpm.engine.parallel import Objective, Parallel, Wanted
+from mmrdpm.engine.parallel import Objective, Parallel
 from mmrdpm.engine.shards import ShardWriter
 from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
-from mmrdpm.machine import Precision
+from mmrdpm.model_recipe import MACHINE_KEYS, ModelRecipe
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import summed_weights
-from mmrdpm.optim import Average, OptimizerConfig, Optimizers, Schedule, learning_rate
+from mmrdpm.optim import Average, Optimizers, learning_rate
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.samples import Samples, sample
-from mmrdpm.sampling.image import Guided
-from mmrdpm.transformer import TransformerConfig
+from mmrdpm.samples import sample
 from mmrdpm.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Tokenizers:
-    """Names of shipped tokenizers, or folders; for texts also hub ids."""
-
-    image: str = "emoji-rdpm-32"
-    text: str = "emoji-bpe-4k"
-
-
-@dataclass(frozen=True)
-class Training:
-    """How the transformer is trained.
-
-    Attributes:
-        steps: updates; the learning rate falls to zero at the last.
-        lr: peak learning rate, reached after `warmup` updates.
-        schedule: how it falls: cosine, or wsd, which falls in the last `decay` share only.
-        text_weight: weight of a text target; an image target weighs 1.
-        z_loss: weight of the squared log of the softmax's denominator; 0 is off.
-        ema: decay of the moving average of the weights, which is then what a checkpoint's weights
-            file holds; 0 is off.
-        guard: against updates that would spoil the run.
-        precision: of matrix products, weights stay float32; auto is bf16 where the machine has
-            instructions for it, else fp32.
-        attention: backend; auto takes the fastest that is installed and can train here.
-        threads: CPU threads; another number sums in another order, so it is part of the recipe.
-        parallel: how many ranks share the model; auto copies it where it fits, else shards it.
-        micro_batch_size: rows of `data.rows` that a rank computes at once, 0 for all of its own;
-            lower it where memory is short: gradients add up to the same.
-        recompute: whether layers are computed anew in the backward pass, which saves their
-            activations and costs a third more time.
-        compile: whether torch.compile fuses the layers, on CUDA only.
-        timeout: seconds after which a rank that does nothing ends the job.
-        wandb: project of Weights & Biases to log to, "" for none.
-    """
-
-    steps: int = field(default=6000, metadata={"min": 1})
-    lr: float = field(default=3e-3, metadata={"min": 0.0, "max": 1e30})
-    warmup: int = field(default=100, metadata={"min": 0})
-    schedule: Schedule = "cosine"
-    decay: float = field(default=0.2, metadata={"min": 0.0, "max": 1.0})
-    text_weight: float = field(default=1.0, metadata={"min": 0.0})
-    z_loss: float = field(default=0.0, metadata={"min": 0.0})
-    ema: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    precision: Precision = "auto"
-    attention: Name = "auto"
-    seed: int = field(default=0, metadata={"min": 0, "max": 2**63 - 1})
-    threads: int = field(default=2, metadata={"min": 1, "max": 1024})
-    parallel: Wanted = "auto"
-    micro_batch_size: int = field(default=0, metadata={"min": 0})
-    recompute: bool = False
-    compile: bool = True
-    timeout: float = field(default=600.0, metadata={"min": 1.0})
-    wandb: str = ""
-
-
-MACHINE_KEYS = frozenset(  # how a machine is used: may differ when a run goes on
-    {"data.workers"}
-    | {
-        f"train.{name}"
-        for name in ("parallel", "micro_batch_size", "recompute", "compile", "timeout", "wandb")
-    }
-)
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """A recipe of kind `model`."""
-
-    tokenizers: Tokenizers = field(default_factory=Tokenizers)
-    model: TransformerConfig = field(default_factory=TransformerConfig)
-    data: DataPlan = field(default_factory=DataPlan)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: Training = field(default_factory=Training)
-    checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
-    samples: Samples = field(default_factory=Samples)
-    sampling: Guided = field(default_factory=Guided)
-    kind: Literal["model"] = "model"
 
 
 def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
@@ -197,6 +111,11 @@ class Trainer:
         self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER][0]).to(self.device)
         self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER][0])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
+        if plan.soft_labels and self.images.codebook.per_step:
+            raise RecipeError(
+                f"train.soft_labels is {plan.soft_labels}, but the image tokeniser has a codebook"
+                " for each timestep, and labels are softened in one for all: set it to 0"
+            )
         self.dtype = machine.matrix_dtype(plan.precision, self.device)
         head_dim, length = model.head_dim, recipe.data.seq_len
         self.attention = backend.resolve(plan.attention, self.device, head_dim, length)
@@ -206,10 +125,10 @@ class Trainer:
         self.transformer.recompute = plan.recompute
         self.parameters = sum(p.numel() for p in self.transformer.parameters())
         torch.manual_seed(plan.seed)
-        objective = Objective(self.transformer, plan.text_weight, plan.z_loss)
+        objective = Objective(self.transformer, plan.text_weight, plan.z_loss, plan.soft_labels)
         mode = parallel.resolve(plan.parallel, self.parameters, self.device)
         self.parallel = Parallel(objective, mode, self.device, self.dtype)
-        self.transformer.know_codes(self.images.codebook.codes)
+        self.transformer.know_codes(self.images.codebook.codes, self.images.estimates)
         self.origin = ""
         if (name := recipe.model.init_from) and checkpoint.agreed(run) is None:
             self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)

@@ -10,6 +10,7 @@ differ from that as a language model does, see `language_model`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,13 +18,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear, pad, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from mmrdpm.attention import sdpa
 from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed, with_history
 from mmrdpm.errors import RecipeError
+
+# parameters that begin at zero: what writes to the residual stream, and parts of codes' scores
+_ZERO = ("out.weight", "down.weight", "from_codes.weight", "precision.weight", "precisions.weight")
 
 AttendInLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q [R, S, H, D], k, v [R, S, G, D]) -> [R, S, H, D]`."""
@@ -44,6 +48,11 @@ class TransformerConfig:
         code_geometry: whether the score of an image code has, beside its row of the table, a part
             that is linear in the code's vector and its squared length, as `-||r - e_k||^2` is:
             codes that lie near each other then score alike from the start.
+        preconditioning: whether image positions enter with the guess of `z_0` that `(x_t, x_T)`
+            make, in place of both, and the scores of codes begin from their guess of the residual,
+            as sharply as the network says: noise is then nothing to learn. Needs `code_geometry`.
+        places: whether image positions enter with sines of their place in the grid, which RoPE
+            shows only between two. Needs `norm_inputs`.
         init_from: weights to begin with, see `pretrained`: a language model's folder or hub id, or
             an earlier run. The shape is then that model's and can be left out.
         attention_width: of all queries of a position together; 0 is `width`.
@@ -66,6 +75,8 @@ class TransformerConfig:
     noise_pool: int = field(default=0, metadata={"min": 0})
     history: bool = False
     code_geometry: bool = False
+    preconditioning: bool = False
+    places: bool = False
     init_from: str = ""
     attention_width: int = field(default=0, metadata={"min": 0})
     norm_weights: bool = False
@@ -87,6 +98,17 @@ class TransformerConfig:
             raise RecipeError(
                 f"model: a head has {self.head_dim} channels, but RoPE turns them in pairs: change"
                 " width or heads"
+            )
+
+        if self.places and not self.norm_inputs:
+            raise RecipeError(
+                "model.places adds waves of the size that normalised inputs have: it needs"
+                " norm_inputs: true"
+            )
+        if self.preconditioning and not (self.code_geometry and self.sees_start_noise):
+            raise RecipeError(
+                "model.preconditioning scores codes by their vectors and takes the start noise out"
+                " of the state: it needs code_geometry: true and sees_start_noise: true"
             )
 
     @property
@@ -164,14 +186,22 @@ class Transformer(nn.Module):
         self.config = config
         self.plan: Callable[[Layout], Callable[..., Tensor]] = sdpa.plan  # a run may choose another
         self.code_features: Tensor | None
+        self.code_vectors: Tensor | None
+        self.estimates: Tensor | None
         self.recompute = False  # whether layers are computed anew in the backward pass
         self.table = nn.Embedding(vocab_size, config.width)
-        seen = 2 * latent_channels if config.sees_start_noise else latent_channels
+        both = config.sees_start_noise and not config.preconditioning
+        seen = 2 * latent_channels if both else latent_channels
         self.from_latents = nn.Linear(seen, config.width, bias=False)
         self.timesteps = nn.Embedding(num_timesteps + 1, config.width)
         if config.code_geometry:
             self.from_codes = nn.Linear(latent_channels + 1, config.width, bias=False)
+        if config.preconditioning:
+            self.precision = nn.Linear(config.width, 1, bias=False)
+            self.precisions = nn.Embedding(num_timesteps + 1, 1)
         self.register_buffer("code_features", None, persistent=False)
+        self.register_buffer("code_vectors", None, persistent=False)
+        self.register_buffer("estimates", None, persistent=False)
         self.attentions = nn.ModuleList(Attention(config) for _ in range(config.layers))
         self.feed_forwards = nn.ModuleList(FeedForward(config) for _ in range(config.layers))
         # before each attention and each feed-forward, in their order, and after the last
@@ -185,10 +215,11 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             initialise(name, parameter)
 
-    def know_codes(self, codes: Tensor) -> None:
-        """Takes the codebook `[S, K, C]`, whose codes are the last K ids, where scores need it.
+    def know_codes(self, codes: Tensor, estimates: Tensor | None) -> None:
+        """Takes what the configuration needs of an image tokeniser.
 
-        It is the tokeniser's and not saved here: whoever builds a transformer, or gives it other
+        That is the codebook `[S, K, C]`, whose codes are the last K ids, and `estimates.estimates`.
+        They are the tokeniser's and not saved here: whoever builds a transformer, or gives it other
         memory, calls this. Tables per timestep count by the mean of those that have a code; rows of
         zeros are codes that a table lacks.
         """
@@ -196,34 +227,86 @@ class Transformer(nn.Module):
             having = codes.any(-1, keepdim=True).sum(0).clamp(min=1)
             vectors = codes.float().sum(0) / having
             length = vectors.square().sum(1, keepdim=True)
-            length = (length - length.mean()) / length.std(correction=0).clamp(min=1e-6)
-            features = torch.cat([vectors, length], dim=1)
+            length, spread = length - length.mean(), length.std(correction=0).clamp(min=1e-6)
+            features = torch.cat([vectors, length / spread], dim=1)
             self.code_features = features.to(self.table.weight.device)
+            if self.config.preconditioning:
+                assert estimates is not None, "the image tokeniser was not loaded"
+                scored = torch.cat([vectors, -length / 2], dim=1)
+                self.code_vectors = scored.to(self.table.weight.device)
+                self.estimates = estimates.to(self.table.weight.device)
 
     def forward(self, packed: Packed) -> Tensor:
-        """Packed rows -> hidden states `[R, S, width]`; `logits` scores them."""
+        """Packed rows -> hidden states `[R, S, width]`, see `run`; `logits` scores them."""
         if self.config.history:
             packed = with_history(packed)
         attend = self.plan(packed.layout)
-        x = self.embed(packed.token_ids, packed.latents, packed.timesteps)
-        return self.run(x, packed.positions, lambda _, q, k, v: attend(q, k, v))
+        return self.run(
+            packed.token_ids,
+            packed.latents,
+            packed.timesteps,
+            packed.positions,
+            lambda _, q, k, v: attend(q, k, v),
+        )
 
-    def embed(self, token_ids: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+    def embed(
+        self, token_ids: Tensor, latents: Tensor, timesteps: Tensor, positions: Tensor
+    ) -> Tensor:
         """One vector per position, `[R, S, width]`, with `norm_inputs` of unit mean square."""
-        seen = latents[..., : self.from_latents.in_features]  # x_t first, then x_T
+        if self.estimates is None:
+            seen = latents[..., : self.from_latents.in_features]  # x_t first, then x_T
+        else:
+            seen = self.guess(0, latents, timesteps)
         image = self.from_latents(seen) + self.timesteps(timesteps.clamp(min=0))
+        if self.config.places:
+            image = image + waves(positions[..., 1:], self.config.width)
         text = self.table(token_ids)
         mixed = torch.where((timesteps >= 0)[..., None], image.to(text.dtype), text)
         return rms_norm(mixed, (self.config.width,)) if self.config.norm_inputs else mixed
 
-    def run(self, x: Tensor, positions: Tensor, attend: AttendInLayer) -> Tensor:
-        """The stack on embedded positions; `attend` may keep keys and values per layer."""
+    def guess(self, row: int, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """What `(x_t, x_T)` tell of `z_0` (row 0) or `r_t / g_t` (row 1): `[R, S, C]`."""
+        assert self.estimates is not None
+        weights = self.estimates[timesteps.clamp(min=0), row]
+        x_t, x_T = latents.chunk(2, dim=-1)
+        return weights[..., :1] * x_t + weights[..., 1:] * x_T
+
+    def run(
+        self,
+        token_ids: Tensor,
+        latents: Tensor,
+        timesteps: Tensor,
+        positions: Tensor,
+        attend: AttendInLayer,
+    ) -> Tensor:
+        """The stack on positions; `attend` may keep keys and values per layer.
+
+        Returns:
+            `[R, S, width]`, with `preconditioning` `[R, S, width + C + 1]`, see `sharpened`.
+        """
         config = self.config
+        x = self.embed(token_ids, latents, timesteps, positions)
         turn = shifted_rotations if config.rope == "shifted" else rotations
         rotation = turn(positions, config.head_dim, config.rope_base)
         for index in range(config.layers):
             x = self.once_or_twice(self.layer, index, x, rotation, attend)
-        return self.norms[-1](x)
+        hidden = self.norms[-1](x)
+        return self.sharpened(hidden, latents, timesteps) if config.preconditioning else hidden
+
+    def sharpened(self, hidden: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Hidden states, then the guess `m` of `r_t / g_t` and 1, both times a precision p.
+
+        With the vector and length of a code they make `p (<m, e_k> - ||e_k||^2 / 2)`, up to what
+        is the same for all codes `-p ||m - e_k||^2 / 2`: the codes are normally distributed about
+        the guess. Text has none of it.
+        """
+        hidden = hidden.float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            log_p = self.precision(hidden) * self.config.width**-0.5
+            log_p = log_p + self.precisions(timesteps.clamp(min=0))
+            precision = log_p.clamp(-5, 5).exp() * (timesteps > 0)[..., None]
+            guess = self.guess(1, latents.float(), timesteps)
+        return torch.cat([hidden, precision * guess, precision], dim=-1)
 
     def layer(self, index: int, x: Tensor, rotation: Tensor, attend: AttendInLayer) -> Tensor:
         """One layer of the stack: attention and feed-forward, each beside the residual stream."""
@@ -244,15 +327,19 @@ class Transformer(nn.Module):
             feed_forward.compile(dynamic=False)
 
     def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
-        """Hidden states `[..., width]` -> scores of token ids `[..., V]`, or only of some."""
+        """Hidden states, as `run` gives them, -> scores of token ids `[..., V]` or only of some."""
         scores = self.table if self.config.tied else self.unembedding
         rows = scores.weight[ids]
-        if self.code_features is not None:
-            first = len(scores.weight) - len(self.code_features)
-            start, stop, _ = ids.indices(len(scores.weight))
-            if stop > first:
-                part = self.from_codes(self.code_features[max(0, start - first) : stop - first])
-                rows = torch.cat([rows[: -len(part)], rows[-len(part) :] + part])
+        first = len(scores.weight) - len(() if self.code_features is None else self.code_features)
+        start, stop, _ = ids.indices(len(scores.weight))
+        if self.code_features is None or stop <= first:
+            return linear(hidden[..., : self.config.width], rows)
+        codes = slice(max(0, start - first), stop - first)
+        part = self.from_codes(self.code_features[codes])
+        text = len(rows) - len(part)
+        rows = torch.cat([rows[:text], rows[text:] + part])
+        if self.code_vectors is not None:
+            rows = torch.cat([rows, pad(self.code_vectors[codes], (0, 0, text, 0))], dim=-1)
         return linear(hidden, rows)
 
 
@@ -261,12 +348,29 @@ def initialise(name: str, parameter: Tensor) -> None:
     """Draws one parameter, by its name, from torch's global generator."""
     if parameter.ndim == 1:  # of a norm
         nn.init.ones_(parameter)
-    elif name.endswith(("out.weight", "down.weight", "from_codes.weight")):
+    elif name.endswith(_ZERO):
         nn.init.zeros_(parameter)
     elif name.startswith(("table", "timesteps", "unembedding")):
         nn.init.normal_(parameter, std=0.02)
     else:
         nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+
+def waves(places: Tensor, width: int) -> Tensor:
+    """Sines and cosines of places in a grid (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+
+    Each axis has as many channels as the others, at wavelengths from 2 pi to nearly 200 pi.
+
+    Args:
+        places: int64 `[R, S, A]`.
+
+    Returns:
+        float32 `[R, S, width]` of unit mean square, zero in channels that are left over.
+    """
+    count = width // (2 * places.shape[-1])
+    angle = places[..., None] * 100.0 ** (-torch.arange(count, device=places.device) / count)
+    both = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+    return pad(both * math.sqrt(2), (0, width - both.shape[-1]))
 
 
 def rotations(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:

@@ -10,9 +10,9 @@ from collections import Counter
 
 from mmrdpm import recipe, shipped, text_tokenizer
 from mmrdpm.data.loader import open_stream
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep.run import count_flops
-from mmrdpm.train_model import ModelRecipe
 from mmrdpm.vocabulary import Vocabulary
 
 DOCUMENTS = 4000

@@ -25,7 +25,7 @@ from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
 from mmrdpm.bench.peers.trainer import Trainer
 from mmrdpm.evaluation import drawn
 from mmrdpm.evaluation.emoji import choose
-from mmrdpm.train_model import Tokenizers
+from mmrdpm.model_recipe import Tokenizers
 
 SPLITS, NAMES, AT_ONCE = ("train", "held_out_tone", "held_out_concept"), 200, 50
 

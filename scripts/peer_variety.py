@@ -22,7 +22,7 @@ from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.run import read
 from mmrdpm.bench.peers.trainer import Trainer
 from mmrdpm.evaluation import drawn
-from mmrdpm.train_model import Tokenizers
+from mmrdpm.model_recipe import Tokenizers
 
 CONCEPTS, SEEDS = 100, 4
 

@@ -14,9 +14,10 @@ import yaml
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.evaluation import drawn
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from mmrdpm.train_model import ModelRecipe, train
+from mmrdpm.train_model import train
 
 
 def pytest_configure(config):

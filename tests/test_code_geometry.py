@@ -8,10 +8,11 @@ import mmrdpm
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.data.documents import Drafter
 from mmrdpm.data.plan import DataPlan
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.schedule import Schedule
 from mmrdpm.rdpm.trajectory import make_trajectory
-from mmrdpm.train_model import ModelRecipe, Trainer, train
+from mmrdpm.train_model import Trainer, train
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
@@ -23,10 +24,13 @@ def codes():
     return torch.randn(1, 7, 4, generator=torch.Generator().manual_seed(0))
 
 
+ESTIMATES = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(2))
+
+
 def make(codes, **changes):
     torch.manual_seed(1)
     model = Transformer(TransformerConfig(**SHAPE, **changes), 20, 4, 3)
-    model.know_codes(codes)
+    model.know_codes(codes, ESTIMATES)
     return model
 
 

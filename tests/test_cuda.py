@@ -8,7 +8,8 @@ import torch
 from mmrdpm import api, machine, recipe
 from mmrdpm.attention import backend
 from mmrdpm.cli import main
-from mmrdpm.train_model import ModelRecipe, Trainer, train
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import Trainer, train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,8 @@ import yaml
 from mmrdpm import checkpoint, distributed, recipe, weights
 from mmrdpm.engine import parallel, shards
 from mmrdpm.errors import CheckpointError, RecipeError
-from mmrdpm.train_model import ModelRecipe, train
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import train
 
 SEQUENCE = "loss/"  # the figures that must agree
 
@@ -186,7 +187,8 @@ from torch import nn
 
 from mmrdpm import distributed, recipe
 from mmrdpm.optim import Muon
-from mmrdpm.train_model import ModelRecipe, Trainer
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import Trainer
 
 path, _, run = sys.argv[1:]
 with distributed.joined(60):

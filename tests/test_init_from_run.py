@@ -10,7 +10,8 @@ import mmrdpm
 from mmrdpm import pretrained, recipe, weights
 from mmrdpm.cli import main
 from mmrdpm.errors import CheckpointError, RecipeError
-from mmrdpm.train_model import ModelRecipe, Trainer, train
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import Trainer, train
 
 
 def test_an_earlier_run_gives_shape_text_tokenizer_and_weights(tiny_run, tmp_path, recipe_from):

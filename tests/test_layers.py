@@ -18,6 +18,7 @@ FLOORS = [
         "train_tokenizer",
         "tokenizer_trainer",
         "tokenizer_plan",
+        "model_recipe",
         "train_model",
         "samples",
         "evaluation",

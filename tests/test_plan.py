@@ -10,9 +10,10 @@ from mmrdpm import machine, plan, recipe
 from mmrdpm.api import build
 from mmrdpm.cli import main
 from mmrdpm.errors import UsageError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import lines, make_plan
 from mmrdpm.tally import Tally
-from mmrdpm.train_model import ModelRecipe, Trainer
+from mmrdpm.train_model import Trainer
 
 MIDDLE = ["model.layers=4", "model.width=256", "model.heads=4", "model.kv_heads=2", "model.ffn=512"]
 

@@ -14,8 +14,9 @@ from mmrdpm.data.emoji import load_emoji
 from mmrdpm.document import TextSegment, pack
 from mmrdpm.errors import CheckpointError, MmrdpmError, RecipeError
 from mmrdpm.language_model import LanguageModel, convert, paired
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.sampling.text import sample_text
-from mmrdpm.train_model import ModelRecipe, Trainer, train
+from mmrdpm.train_model import Trainer, train
 from mmrdpm.transformer import Transformer, TransformerConfig, rotate, shifted_rotations
 from mmrdpm.vocabulary import Vocabulary
 
@@ -217,8 +218,9 @@ def test_new_rows_are_unlikely_and_the_ends_are_copies(both):
 def test_image_positions_enter_at_the_size_of_the_text(qwen):
     model, _, _ = begun(qwen)
     ids, latents = torch.arange(300)[None], torch.randn(1, 300, 8)
-    text = model.embed(ids, torch.zeros_like(latents), torch.full_like(ids, -1))
-    image = model.embed(ids, latents, torch.ones_like(ids))
+    places = torch.zeros(1, 300, 3, dtype=torch.int64)
+    text = model.embed(ids, torch.zeros_like(latents), torch.full_like(ids, -1), places)
+    image = model.embed(ids, latents, torch.ones_like(ids), places)
     assert 0.5 < (image.square().mean() / text.square().mean()).sqrt() < 2
 
 

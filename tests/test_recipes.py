@@ -15,9 +15,9 @@ from mmrdpm.data import sources
 from mmrdpm.errors import MmrdpmError
 from mmrdpm.evaluation import suite
 from mmrdpm.language_model import LanguageModel
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import make_plan
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from mmrdpm.train_model import ModelRecipe
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, TextTokenizerRecipe
 from mmrdpm.vocabulary import SPECIALS, Vocabulary
 

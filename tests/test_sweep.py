@@ -10,12 +10,13 @@ import yaml
 from mmrdpm import recipe, shipped
 from mmrdpm.cli import main, sweeping
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep import information, spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import results_table
 from mmrdpm.sweep.run import count_flops, run_sweep
-from mmrdpm.train_model import ModelRecipe, Trainer
+from mmrdpm.train_model import Trainer
 
 FOLDERS = [shipped.folder("recipes") / name for name in ("ablations", "scaling")]
 SWEEPS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))

@@ -19,9 +19,10 @@ from mmrdpm.cli import main
 from mmrdpm.data.images import Cropper, ImagePlan
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.errors import CheckpointError, DataError, MmrdpmError, RecipeError, TrainingError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.reconstruction import LossConfig
-from mmrdpm.train_model import ModelRecipe, train
+from mmrdpm.train_model import train
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
 OWN = {"image_size": 32, "latent_channels": 4, "patch": 4, "widths": [8, 16], "blocks": 1}

@@ -17,7 +17,8 @@ from mmrdpm import checkpoint, machine, recipe, weights
 from mmrdpm.data import emoji_stream
 from mmrdpm.engine.guard import Guard, GuardConfig
 from mmrdpm.errors import TrainingError, UsageError
-from mmrdpm.train_model import ModelRecipe, Trainer, train
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import Trainer, train
 
 
 def start(recipe, run, *more, **kwargs):

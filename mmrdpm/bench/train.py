@@ -14,7 +14,8 @@ import torch
 from mmrdpm import machine
 from mmrdpm.bench.measure import machine_facts, matrix_product, ratio, timed
 from mmrdpm.bench.plot import chart, page
-from mmrdpm.train_model import ModelRecipe, Trainer
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import Trainer
 
 _UPDATES = 5  # per round
 

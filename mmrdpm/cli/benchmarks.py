@@ -24,7 +24,7 @@ from mmrdpm.cli.common import (
     recipe_options,
 )
 from mmrdpm.errors import UsageError
-from mmrdpm.train_model import ModelRecipe
+from mmrdpm.model_recipe import ModelRecipe
 
 
 def add(commands: Commands) -> None:

@@ -21,8 +21,8 @@ from mmrdpm.data.packing import check_broken
 from mmrdpm.data.records import Indexed, Source
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import MmrdpmError, UsageError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.train_model import ModelRecipe
 
 
 def add(commands: Commands) -> None:

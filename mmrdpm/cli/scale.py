@@ -7,8 +7,8 @@ import argparse
 from mmrdpm import recipe
 from mmrdpm.cli.common import Commands, command, count, recipe_file, recipe_options
 from mmrdpm.doctor import examine
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import lines, make_plan
-from mmrdpm.train_model import ModelRecipe
 
 
 def add(commands: Commands) -> None:

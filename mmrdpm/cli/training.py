@@ -35,8 +35,9 @@ from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.evaluation.suite import GROUPS
 from mmrdpm.evaluation.tokenizer import WAYS, measure_images, measure_texts
 from mmrdpm.export import export
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.train_model import ModelRecipe, train
+from mmrdpm.train_model import train
 from mmrdpm.train_tokenizer import (
     ImageTokenizerRecipe,
     TextTokenizerRecipe,

@@ -47,6 +47,10 @@ class ImageDraft:
         cells = grid if self.image.dtype == np.uint8 else self.image.shape[:-1]
         return (len(self.timesteps) + self.clean) * int(np.prod(cells))
 
+    def segment(self, code_indices: Tensor, states: Tensor, residuals: Tensor) -> ImageSegment:
+        """The image, tokenised."""
+        return ImageSegment(code_indices, states, self.timesteps, self.clean, residuals)
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -64,12 +68,10 @@ class Draft:
             part.length(grid) if isinstance(part, ImageDraft) else len(part) for part in self.parts
         )
 
-    def document(self, images: Iterator[tuple[Tensor, Tensor]]) -> Document:
-        """The document; each image takes the next `(code_indices, states)`."""
+    def document(self, images: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Document:
+        """The document; each image takes the next `(code_indices, states, residuals)`."""
         return [
-            ImageSegment(*next(images), timesteps=part.timesteps, clean=part.clean)
-            if isinstance(part, ImageDraft)
-            else TextSegment(part)
+            part.segment(*next(images)) if isinstance(part, ImageDraft) else TextSegment(part)
             for part in self.parts
         ]
 

@@ -120,16 +120,17 @@ class Loader:
 
     def _codes(
         self, images: Sequence[np.ndarray], seeds: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`(code_indices, states)` of each image; images of one grid go together."""
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """`(code_indices, states, residuals)` of each image; those of one grid go together."""
         latents = self._latents(images)
-        done: dict[int, tuple[Tensor, Tensor]] = {}
+        done: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for grid in sorted({latent.shape for latent in latents}):
             places = [i for i, latent in enumerate(latents) if latent.shape == grid]
-            code_indices, states = self.image_tokenizer.encode_latents(
-                torch.stack([latents[i] for i in places]), [seeds[i] for i in places]
-            )
-            each = zip(code_indices.cpu().unbind(1), states.cpu().unbind(1), strict=True)
+            alike, of = torch.stack([latents[i] for i in places]), [seeds[i] for i in places]
+            code_indices, states = self.image_tokenizer.encode_latents(alike, of)
+            residuals = self.image_tokenizer.residuals(alike, of, states)
+            made = (code_indices, states, residuals)
+            each = zip(*(tensor.cpu().unbind(1) for tensor in made), strict=True)
             done.update(zip(places, each, strict=True))
         return (done[i] for i in range(len(latents)))
 

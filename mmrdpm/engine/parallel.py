@@ -57,12 +57,20 @@ def resolve(wanted: Wanted, parameters: int, device: torch.device) -> Mode:
 class Objective(nn.Module):
     """The loss as a module, so that the hooks of DDP and FSDP see all of the computation."""
 
-    def __init__(self, transformer: Transformer, text_weight: float, z_weight: float) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        text_weight: float = 1.0,
+        z_weight: float = 0.0,
+        soft_labels: float = 0.0,
+    ) -> None:
         super().__init__()
         self.transformer, self.text_weight, self.z_weight = transformer, text_weight, z_weight
+        self.soft_labels = soft_labels
 
     def forward(self, packed: Packed, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        made = loss(self.transformer, packed, self.text_weight, self.z_weight, divisor)
+        weights = (self.text_weight, self.z_weight)
+        made = loss(self.transformer, packed, *weights, divisor, self.soft_labels)
         return made.total, made.per_token, made.timesteps
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmrdpm import recipe, weights
 from mmrdpm.rdpm.autoencoder import Autoencoder, AutoencoderConfig
 from mmrdpm.rdpm.codebook import Codebook
+from mmrdpm.rdpm.estimates import estimates
 from mmrdpm.rdpm.published import PublishedAutoencoder, PublishedConfig
 from mmrdpm.rdpm.schedule import Schedule
 from mmrdpm.rdpm.trajectory import decode, encode, make_trajectory
@@ -71,12 +72,14 @@ class ImageTokenizer(nn.Module):
     Attributes:
         noise_pool: how many noises there are; 0 is one for each seed. A model that knows no others
             sets it.
+        estimates: see `estimates.estimates`, float32 `[T + 1, 2, 2]`; `load` sets it.
     """
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
         self.noise_pool = 0
+        self.estimates: Tensor | None = None
         self.autoencoder = make_autoencoder(config.autoencoder)
         self.schedule = Schedule(config.schedule, config.num_timesteps)
         self.trajectory = make_trajectory(config.trajectory, self.schedule, config.eta)
@@ -122,6 +125,17 @@ class ImageTokenizer(nn.Module):
             torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
         ]
         return torch.stack(noises, dim=1).to(self.codebook.codes.device)
+
+    def residuals(self, latents: Tensor, seeds: Sequence[int], states: Tensor) -> Tensor:
+        """What the codes of `encode_latents` are nearest to.
+
+        Returns:
+            float32 `[T, B, *grid, C]`, row `t - 1` holds `r_t / g_t`.
+        """
+        noise = self.noise(seeds, latents.shape[1:-1])
+        steps = range(1, self.num_timesteps + 1)
+        each = [self.trajectory.residual(latents, noise, states[t], t) for t in steps]
+        return torch.stack(each) / self.codebook.gains.view(-1, *[1] * latents.ndim)
 
     def encode_latents(self, latents: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Latents `[B, *grid, C]` -> code indices `[T, B, *grid]` and states, see `encode`."""
@@ -173,4 +187,5 @@ def load(folder: Path) -> ImageTokenizer:
     """
     tokenizer = ImageTokenizer(recipe.load(ImageTokenizerConfig, folder / SPEC_FILE))
     weights.load_into(tokenizer, folder / WEIGHTS_FILE)
+    tokenizer.estimates = estimates(tokenizer.trajectory, tokenizer.codebook)
     return tokenizer.eval().requires_grad_(False)

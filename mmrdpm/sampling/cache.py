@@ -18,7 +18,7 @@ class Cache:
     Attributes:
         length: tokens held per row, padding included; what comes next goes behind them. Raise it
             to keep a block that `attend` has seen, leave it to have the next one overwrite it.
-        hidden: float `[R, K, width]`, the hidden states of the contexts.
+        hidden: float `[R, K, ...]`, the hidden states of the contexts, see `Transformer.run`.
     """
 
     @torch.no_grad()
@@ -39,8 +39,8 @@ class Cache:
             self._put(layer, k, v)
             return inside(q, k, v)
 
-        x = model.embed(context.token_ids, context.latents, context.timesteps)
-        self.hidden = model.run(x, context.positions, read)
+        c = context
+        self.hidden = model.run(c.token_ids, c.latents, c.timesteps, c.positions, read)
         self.length = length
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

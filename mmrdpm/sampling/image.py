@@ -254,10 +254,10 @@ class Sampler:
         if guided:
             latents = torch.cat([latents, latents])
         timesteps = torch.full(latents.shape[:2], timestep, device=latents.device)
-        x = model.embed(torch.full_like(timesteps, self.vocabulary.pad), latents, timesteps)
-        hidden = model.run(x, positions, cache.attend)
+        nothing = torch.full_like(timesteps, self.vocabulary.pad)
+        hidden = model.run(nothing, latents, timesteps, positions, cache.attend)
         if model.config.history:
-            cache.length += x.shape[1]
+            cache.length += hidden.shape[1]
         logits = model.logits(hidden, slice(self.vocabulary.code_offset, None))
         if not guided:
             return logits

@@ -36,8 +36,7 @@ def sample_text(
             break
         ids.append(int(token))
         position[..., 0] += 1
-        x = model.embed(token.view(1, 1), latents, timesteps)
-        hidden = model.run(x, position, cache.attend)
+        hidden = model.run(token.view(1, 1), latents, timesteps, position, cache.attend)
         cache.length += 1
     return ids
 

@@ -22,13 +22,14 @@ from mmrdpm import recipe as recipes
 from mmrdpm.api import Model
 from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.evaluation.figure import digest
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.objective import loss
 from mmrdpm.sweep import spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import report
 from mmrdpm.sweep.spec import Measures, Sweep, Variant
 from mmrdpm.sweep.tokenizers import content_sha256, train_tokenizer
-from mmrdpm.train_model import ModelRecipe, Trainer, train
+from mmrdpm.train_model import Trainer, train
 
 Measure = Callable[[Model, Measures, dict[str, Any] | None], dict[str, Any]]
 """Gives the figures of a line; the last argument is a line of the same weights, if there is one."""

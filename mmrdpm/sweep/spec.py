@@ -9,10 +9,10 @@ from typing import Literal
 
 from mmrdpm import hub, recipe, shipped, text_tokenizer
 from mmrdpm.errors import MmrdpmError, RecipeError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
 from mmrdpm.sampling.image import Guided
-from mmrdpm.train_model import ModelRecipe
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")  # of a variant

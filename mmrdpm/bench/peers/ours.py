@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmrdpm.api import build
-from mmrdpm.bench.peers.protocol import Batch, Caption, How, Peer, Scene, Shape
+from mmrdpm.bench.peers.protocol import Batch, Caption, How, OurShape, Peer, Scene
 from mmrdpm.data.documents import by_the_way
 from mmrdpm.document import NO_TARGET, Document, ImageSegment, TextSegment, length, pack
 from mmrdpm.objective import loss
@@ -30,7 +30,7 @@ class Ours(Peer):
 
     stack = ("transformer.attentions.", "transformer.feed_forwards.")
 
-    def __init__(self, shape: Shape, scene: Scene) -> None:
+    def __init__(self, shape: OurShape, scene: Scene) -> None:
         super().__init__()
         config = TransformerConfig(
             shape.layers,
@@ -40,7 +40,10 @@ class Ours(Peer):
             shape.ffn,
             noise_pool=shape.noise_pool,
             code_geometry=True,
+            preconditioning=shape.preconditioning,
+            places=shape.places,
         )
+        self.soft_labels = shape.soft_labels
         self.scene = scene
         self.shares = torch.from_numpy(by_the_way(scene.images.trajectory.schedule))
         self.vocabulary = Vocabulary(scene.texts.size, scene.images.codebook_size)
@@ -57,12 +60,14 @@ class Ours(Peer):
         latents = batch.latents.to(self.device)
         with self.exact():
             code_indices, states = self.images.encode_latents(latents, batch.noise_seeds)
+            residuals = self.images.residuals(latents, batch.noise_seeds, states)
         num_timesteps = self.images.num_timesteps
         documents: list[Document] = []
         for row, caption in enumerate(batch.captions):
             count = min(_STEPS_PER_IMAGE, num_timesteps)
             timesteps = tuple((1 + torch.multinomial(self.shares, count)).tolist())
-            segment = ImageSegment(code_indices[:, row].cpu(), states[:, row].cpu(), timesteps)
+            codes, path, near = (each[:, row].cpu() for each in (code_indices, states, residuals))
+            segment = ImageSegment(codes, path, timesteps, residuals=near)
             prompt = (self.vocabulary.bos, *caption, self.vocabulary.image_start)
             documents.append([TextSegment(prompt), segment])
         longest = max(length(document) for document in documents)
@@ -71,7 +76,7 @@ class Ours(Peer):
         packed = pack(rows, longest, self.vocabulary, self.images.latent_channels, rank)
         text = packed.timesteps < 0
         packed = replace(packed, targets=packed.targets.masked_fill(text, NO_TARGET))
-        return loss(self.transformer, packed.to(self.device)).total
+        return loss(self.transformer, packed.to(self.device), soft_labels=self.soft_labels).total
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
         guidance = Guided(how.temperature, guidance_scale=how.guidance_scale)

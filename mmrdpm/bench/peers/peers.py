@@ -9,7 +9,7 @@ from types import ModuleType
 
 from mmrdpm.bench.peers.codes import ResidualCodes, fitted
 from mmrdpm.bench.peers.ours import Ours
-from mmrdpm.bench.peers.protocol import Peer, PeerBench, Scene, Shape
+from mmrdpm.bench.peers.protocol import OurShape, Peer, PeerBench, Scene, Shape
 from mmrdpm.errors import RecipeError
 
 TITLES = {
@@ -39,8 +39,6 @@ def make(name: str, recipe: PeerBench, scene: Scene, folder: Path) -> Peer:
         raise RecipeError(f"{name}.steps is empty: name at least one number of steps")
     if shape.steps and shape.steps != peer.steps:
         raise RecipeError(f"{name}.steps: the method fixes it at {peer.steps[0]}: leave it out")
-    if shape.noise_pool and name != "ours":
-        raise RecipeError(f"{name}.noise_pool: it belongs to ours alone: leave it out")
     ours = parameters(peer if name == "ours" else Ours(recipe.ours, scene))
     share = parameters(peer) / ours - 1
     if abs(share) > recipe.equal.tolerance:
@@ -68,6 +66,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _ours(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    assert isinstance(shape, OurShape)
     return Ours(shape, scene)
 
 

@@ -20,10 +20,10 @@ from mmrdpm.data.emoji_stream import latents_of
 from mmrdpm.data.pictures import to_pictures
 from mmrdpm.errors import RecipeError
 from mmrdpm.machine import Precision
+from mmrdpm.model_recipe import Tokenizers
 from mmrdpm.optim import OptimizerConfig
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sampling.image import MOST_GUIDANCE
-from mmrdpm.train_model import Tokenizers
 
 Caption = tuple[int, ...]
 """The text ids of a caption; () where it is dropped."""
@@ -39,7 +39,6 @@ class Shape:
         lrs: learning rates that the search tries.
         steps: network evaluations per picture (guidance counted as one), one entry per way of
             sampling that is measured; empty where the method fixes them.
-        noise_pool: of ours alone, see `TransformerConfig`.
     """
 
     layers: int = field(metadata={"min": 1})
@@ -49,7 +48,6 @@ class Shape:
     batch_size: int = field(default=32, metadata={"min": 1})
     lrs: tuple[float, ...] = (3e-3, 1e-2)
     steps: tuple[int, ...] = ()
-    noise_pool: int = field(default=0, metadata={"min": 0})
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -58,6 +56,21 @@ class Shape:
             raise RecipeError("lrs: name at least one learning rate, each above 0")
         if min(self.steps, default=1) < 1:
             raise RecipeError(f"steps {list(self.steps)}: each must be at least 1")
+
+
+@dataclass(frozen=True)
+class OurShape(Shape):
+    """What can be chosen of ours besides.
+
+    Attributes:
+        noise_pool, preconditioning, places: see `TransformerConfig`.
+        soft_labels: see `objective.loss`.
+    """
+
+    noise_pool: int = field(default=0, metadata={"min": 0})
+    preconditioning: bool = False
+    places: bool = False
+    soft_labels: float = field(default=0.0, metadata={"min": 0.0})
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ class PeerBench:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     judging: Judging = field(default_factory=Judging)
-    ours: Shape = field(default_factory=lambda: Shape(6, 256, 4, 704))
+    ours: OurShape = field(default_factory=lambda: OurShape(6, 256, 4, 704))
     flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, steps=(50, 10)))
     masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592, steps=(10,)))
     raster: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592))

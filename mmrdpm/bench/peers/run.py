@@ -33,8 +33,8 @@ from mmrdpm.bench.peers.trainer import Diverged, Trainer, fit
 from mmrdpm.data.pictures import contact_sheet, to_tensor
 from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.metrics.reconstruction import psnr
+from mmrdpm.model_recipe import Tokenizers
 from mmrdpm.monitor import Monitor
-from mmrdpm.train_model import Tokenizers
 
 RESULTS_FILE, TIMING_FILE = "results.json", "timing.json"
 _AT_ONCE = 50  # pictures drawn together when they are judged

@@ -1,0 +1,72 @@
+"""What the states `x_t` and `x_T` alone tell of the latent and of the next residual.
+
+Both are the best linear guesses where a latent is `z_0 ~ N(0, 1)` per channel, as latents are
+normalised to be, and independent of the noise. Every trajectory's residual is linear,
+
+    r_t = a z_0 + b x_t + c x_T + noise of variance f,
+
+so that its states are too, `x_t = A z_0 + B x_T + error of variance V`, with A = V = 0 at T and
+
+    A' = (1 + b) A + a,  B' = (1 + b) B + c,  V' = (1 + b)^2 V + f + rho g_t^2
+
+at t - 1, where rho is the share of a residual's variance that its code leaves. A network that is
+given the guesses has only the latent to find, and no noise to see through (as the preconditioning
+of Karras et al. 2022, arXiv 2206.00364, section 5, has it for a denoiser).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmrdpm.rdpm.codebook import Codebook
+from mmrdpm.rdpm.trajectory import Trajectory
+
+
+def estimates(trajectory: Trajectory, codebook: Codebook) -> Tensor:
+    """The guesses of every timestep as weights of `(x_t, x_T)`.
+
+    Returns:
+        float32 `[T + 1, 2, 2]`: of timestep t, row 0 guesses `z_0` and row 1 `r_t / g_t`, which is
+        0 at t = 0.
+    """
+    left = 1 - _mean_square(codebook)
+    of_latent, of_start, error = 0.0, 1.0, 0.0  # A, B, V
+    table = torch.zeros(trajectory.num_timesteps + 1, 2, 2)
+    for timestep in range(trajectory.num_timesteps, 0, -1):
+        a, b, c, fresh = coefficients(trajectory, timestep)
+        gain = codebook.gains[timestep - 1].item()
+        weight = _weight(of_latent, error)
+        table[timestep, 0] = torch.tensor([weight, -weight * of_start])
+        table[timestep, 1] = torch.tensor([b + a * weight, c - a * weight * of_start]) / gain
+        of_latent, of_start = (1 + b) * of_latent + a, (1 + b) * of_start + c
+        error = (1 + b) ** 2 * error + fresh + left * gain**2
+    weight = _weight(of_latent, error)
+    table[0, 0] = torch.tensor([weight, -weight * of_start])
+    return table
+
+
+def coefficients(trajectory: Trajectory, timestep: int) -> tuple[float, float, float, float]:
+    """`(a, b, c, f)` of a timestep's residual: what it makes of `z_0 = 1`, `x_t = 1` and so on."""
+    silent = torch.zeros(trajectory.num_noises)
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    a = trajectory.residual(one, silent, zero, timestep).item()
+    b = trajectory.residual(zero, silent, one, timestep).item()
+    c = fresh = 0.0
+    for noise in torch.eye(trajectory.num_noises):
+        share = trajectory.residual(zero, noise, zero, timestep).item()
+        if trajectory.start(noise):
+            c += share
+        else:
+            fresh += share**2
+    return a, b, c, fresh
+
+
+def _weight(of_latent: float, error: float) -> float:
+    return of_latent / (of_latent**2 + error) if of_latent else 0.0
+
+
+def _mean_square(codebook: Codebook) -> float:
+    """Of the codes that tables have; what a code explains of a residual of mean square 1."""
+    having = codebook.codes[codebook.codes.any(-1)]
+    return min(1.0, having.square().mean().item()) if len(having) else 0.0
