@@ -89,7 +89,7 @@ def test_guesses_are_the_best_that_are_linear(kind, eta):
         for guess, true in zip(table[timestep], wanted, strict=True):
             solved = torch.linalg.lstsq(seen, true[:, None], driver="gelsd").solution[:, 0]
             best = (true - seen @ solved).square().mean()
-            assert (true - seen @ guess).square().mean() < 1.05 * best + 1e-3
+            assert (true - seen @ guess).square().mean() < 1.1 * best + 1e-3
 
 
 def test_before_the_first_code_nothing_shows_but_the_scores_know_the_noise(images):
