@@ -25,7 +25,7 @@ from mmrdpm import checkpoint, machine, recipe, shipped, text_tokenizer, weights
 from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.pictures import to_pictures, to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, length, pack
-from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.errors import CheckpointError, RecipeError, UsageError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.sampling.choose import Choice
@@ -75,6 +75,11 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
 
 def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokenizer) -> Transformer:
     """A fresh transformer that fits the tokenizers; images then begin with noise that it knows."""
+    if config.preconditioning and images.codebook.per_step:
+        raise RecipeError(
+            "model.preconditioning: the image tokeniser has a codebook for each timestep, and"
+            " scores begin from the vectors of one for all: set it to false"
+        )
     images.noise_pool = config.noise_pool
     channels, num_timesteps = images.latent_channels, images.num_timesteps
     transformer = Transformer(config, vocabulary.size, channels, num_timesteps)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mmrdpm.document import NO_TARGET, Packed
+from mmrdpm.errors import RecipeError
+from mmrdpm.rdpm.codebook import Codebook
 from mmrdpm.transformer import Transformer
 
 # Positions whose logits are computed at once. On a CPU those of one part stay in the cache, where
@@ -34,6 +36,15 @@ class Losses:
         """Mean loss of one timestep's targets, None where the batch has none."""
         chosen = self.per_token[self.timesteps == timestep]
         return chosen.mean().item() if len(chosen) else None
+
+
+def check_soft_labels(key: str, codebook: Codebook) -> None:
+    """Raises RecipeError, in the name of the recipe's key, where labels cannot be soft."""
+    if codebook.per_step:
+        raise RecipeError(
+            f"{key}: the image tokeniser has a codebook for each timestep, and labels are softened"
+            " in one for all: set it to 0"
+        )
 
 
 def summed_weights(packed: Packed, text_weight: float = 1.0) -> Tensor:
@@ -71,7 +82,7 @@ def loss(
     size = PARTS.get(hidden.device.type, PARTS["cuda"])
     labels = (timesteps, targets, packed.residuals[learned])
     parts = zip(*(each.split(size) for each in (hidden, *labels)), strict=True)
-    scored = [model.once_or_twice(_score, model, soft_labels, z_weight, *part) for part in parts]
+    scored = [model.once_or_twice(score, model, soft_labels, z_weight, *part) for part in parts]
     per_token, wanted, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
     weights = _weights(timesteps, text_weight)
     if divisor is None:
@@ -81,7 +92,7 @@ def loss(
     return Losses(total, per_token.detach(), timesteps)
 
 
-def _score(
+def score(
     model: Transformer,
     soft_labels: float,
     z_weight: float,
@@ -93,16 +104,15 @@ def _score(
     """Of every target: its cross-entropy, that of what is learned, the squared log-partition."""
     logits = model.logits(hidden).float()
     squared_z = logits.logsumexp(-1).square() if z_weight else logits.new_zeros(len(targets))
-    exact = cross_entropy(logits, targets, reduction="none")
     if not soft_labels:
+        exact = cross_entropy(logits, targets, reduction="none")
         return exact, exact, squared_z
     assert model.code_features is not None
-    codes = model.code_features[:, :-1]
+    codes, log_p = model.code_features[:, :-1], logits.log_softmax(-1)
+    exact = -log_p.gather(1, targets[:, None])[:, 0]
     with torch.autocast(hidden.device.type, enabled=False):
         near = (2 * residuals @ codes.T - codes.square().sum(1)) / soft_labels
-    # cross-entropy is linear in the labels: the mean log-probability of the codes that are wanted
-    of_codes = logits[:, -len(codes) :]
-    soft = logits.logsumexp(-1) - (near.softmax(-1) * of_codes).sum(-1)
+    soft = -(near.softmax(-1) * log_p[:, -len(codes) :]).sum(-1)
     return exact, torch.where(timesteps > 0, soft, exact), squared_z
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import cross_entropy
 
 from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.api import build
@@ -27,11 +26,10 @@ from mmrdpm.document import Packed
 from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
 from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
-from mmrdpm.objective import PARTS
+from mmrdpm.objective import PARTS, score
 from mmrdpm.optim import Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.tally import Tally
-from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
 Kind = Literal["cpu", "h100", "h200", "a100"]
@@ -171,6 +169,7 @@ def _tokenizers(loaded: ModelRecipe) -> tuple[ImageTokenizer, Vocabulary]:
     """The image tokeniser without weights, of which nothing but the spec is needed."""
     with torch.device("meta"):
         images = ImageTokenizer(_image_spec(loaded.tokenizers.image))
+    images.estimates = torch.zeros(images.num_timesteps + 1, 2, 2)
     text = hub.resolve("tokenizers", loaded.tokenizers.text, text_tokenizer.FILES)
     return images, Vocabulary(text_tokenizer.load(text).size, images.codebook_size)
 
@@ -225,17 +224,15 @@ def _one_pass(
         packed = _blank(rows, loaded.data.seq_len, images)
         part = PARTS["cpu" if kind == "cpu" else "cuda"]
         with tally, machine.autocast(dtype, torch.device("cpu")):
-            hidden = model(packed).flatten(0, 1)
-            targets = packed.targets.flatten()
-            parts = zip(hidden.split(part), targets.split(part), strict=True)
-            losses = [model.once_or_twice(_score, model, h, t) for h, t in parts]
-            torch.cat(losses).sum().backward()
+            weights = (loaded.train.soft_labels, loaded.train.z_loss)
+            labels = (packed.timesteps, packed.targets, packed.residuals)
+            each = (t.flatten(0, 1).split(part) for t in (model(packed), *labels))
+            scored = [
+                model.once_or_twice(score, model, *weights, *p) for p in zip(*each, strict=True)
+            ]
+            sum(wanted.sum() for _, wanted, _ in scored).backward()
     positions = rows * loaded.data.seq_len
     return 4.0 * (min(part, positions) if loaded.train.recompute else positions) * vocabulary.size
-
-
-def _score(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(model.logits(hidden).float(), targets, reduction="none")
 
 
 def _forget(parameter: Tensor) -> None:

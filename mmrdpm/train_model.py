@@ -27,7 +27,7 @@ from mmrdpm.engine.shards import ShardWriter
 from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
 from mmrdpm.model_recipe import MACHINE_KEYS, ModelRecipe
 from mmrdpm.monitor import Monitor
-from mmrdpm.objective import summed_weights
+from mmrdpm.objective import check_soft_labels, summed_weights
 from mmrdpm.optim import Average, Optimizers, learning_rate
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.samples import sample
@@ -111,11 +111,8 @@ class Trainer:
         self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER][0]).to(self.device)
         self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER][0])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
-        if plan.soft_labels and self.images.codebook.per_step:
-            raise RecipeError(
-                f"train.soft_labels is {plan.soft_labels}, but the image tokeniser has a codebook"
-                " for each timestep, and labels are softened in one for all: set it to 0"
-            )
+        if plan.soft_labels:
+            check_soft_labels("train.soft_labels", self.images.codebook)
         self.dtype = machine.matrix_dtype(plan.precision, self.device)
         head_dim, length = model.head_dim, recipe.data.seq_len
         self.attention = backend.resolve(plan.attention, self.device, head_dim, length)

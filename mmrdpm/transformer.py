@@ -10,7 +10,6 @@ differ from that as a language model does, see `language_model`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,7 @@ from mmrdpm.attention import sdpa
 from mmrdpm.attention.layout import Layout
 from mmrdpm.document import Packed, with_history
 from mmrdpm.errors import RecipeError
+from mmrdpm.positions import rotate, rotations, shifted_rotations, waves
 
 # parameters that begin at zero: what writes to the residual stream, and parts of codes' scores
 _ZERO = ("out.weight", "down.weight", "from_codes.weight", "precision.weight", "precisions.weight")
@@ -233,6 +233,7 @@ class Transformer(nn.Module):
             if self.config.preconditioning:
                 assert estimates is not None, "the image tokeniser was not loaded"
                 scored = torch.cat([vectors, -length / 2], dim=1)
+                scored = pad(scored, (0, -scored.shape[1] % 8))  # products of odd sizes are slow
                 self.code_vectors = scored.to(self.table.weight.device)
                 self.estimates = estimates.to(self.table.weight.device)
 
@@ -253,10 +254,10 @@ class Transformer(nn.Module):
         self, token_ids: Tensor, latents: Tensor, timesteps: Tensor, positions: Tensor
     ) -> Tensor:
         """One vector per position, `[R, S, width]`, with `norm_inputs` of unit mean square."""
-        if self.estimates is None:
-            seen = latents[..., : self.from_latents.in_features]  # x_t first, then x_T
-        else:
+        if self.config.preconditioning:
             seen = self.guess(0, latents, timesteps)
+        else:
+            seen = latents[..., : self.from_latents.in_features]  # x_t first, then x_T
         image = self.from_latents(seen) + self.timesteps(timesteps.clamp(min=0))
         if self.config.places:
             image = image + waves(positions[..., 1:], self.config.width)
@@ -282,7 +283,7 @@ class Transformer(nn.Module):
         """The stack on positions; `attend` may keep keys and values per layer.
 
         Returns:
-            `[R, S, width]`, with `preconditioning` `[R, S, width + C + 1]`, see `sharpened`.
+            `[R, S, width]`, with `preconditioning` C + 1 more or a few, see `sharpened`.
         """
         config = self.config
         x = self.embed(token_ids, latents, timesteps, positions)
@@ -306,7 +307,8 @@ class Transformer(nn.Module):
             log_p = log_p + self.precisions(timesteps.clamp(min=0))
             precision = log_p.clamp(-5, 5).exp() * (timesteps > 0)[..., None]
             guess = self.guess(1, latents.float(), timesteps)
-        return torch.cat([hidden, precision * guess, precision], dim=-1)
+        unused = -(guess.shape[-1] + 1) % 8
+        return pad(torch.cat([hidden, precision * guess, precision], dim=-1), (0, unused))
 
     def layer(self, index: int, x: Tensor, rotation: Tensor, attend: AttendInLayer) -> Tensor:
         """One layer of the stack: attention and feed-forward, each beside the residual stream."""
@@ -354,73 +356,3 @@ def initialise(name: str, parameter: Tensor) -> None:
         nn.init.normal_(parameter, std=0.02)
     else:
         nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-
-
-def waves(places: Tensor, width: int) -> Tensor:
-    """Sines and cosines of places in a grid (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
-
-    Each axis has as many channels as the others, at wavelengths from 2 pi to nearly 200 pi.
-
-    Args:
-        places: int64 `[R, S, A]`.
-
-    Returns:
-        float32 `[R, S, width]` of unit mean square, zero in channels that are left over.
-    """
-    count = width // (2 * places.shape[-1])
-    angle = places[..., None] * 100.0 ** (-torch.arange(count, device=places.device) / count)
-    both = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
-    return pad(both * math.sqrt(2), (0, width - both.shape[-1]))
-
-
-def rotations(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:
-    """RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15) over several axes at once.
-
-    Half of the channel pairs turn with the slot, the rest is shared evenly by the grid's axes.
-
-    Args:
-        positions: int64 `[R, S, A]`, slot first.
-
-    Returns:
-        float32 `[R, S, 1, head_dim / 2, 2]`, cosine and sine for every channel pair.
-    """
-    pairs, axes = head_dim // 2, positions.shape[-1] - 1
-    axis = torch.zeros(pairs, dtype=torch.int64, device=positions.device)
-    place = torch.arange(pairs, device=positions.device)
-    slots = pairs - pairs // 2
-    axis[slots:] = 1 + (place[slots:] - slots) * axes // (pairs - slots)
-    rank = (axis[None] == axis[:, None]).tril(-1).sum(1)  # of a pair among those of its axis
-    share = (axis[None] == axis[:, None]).sum(1)
-    return _turns(positions[..., axis] * base ** (-rank / share))
-
-
-def shifted_rotations(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """RoPE as of text alone, in which the place in a grid shifts every other channel pair.
-
-    Pair j turns by `(slot + shift) base^(-2 j / head_dim)` (Su et al. 2021, arXiv 2104.09864, eq.
-    15); the shift is 0 for even j and a place on the grid's axes in turn for odd j, so that all
-    axes have fast and slow pairs (after Qwen2-VL's M-RoPE, arXiv 2409.12191, section 2.1).
-
-    Args, Returns: see `rotations`.
-    """
-    pairs, axes = head_dim // 2, positions.shape[-1] - 1
-    place = torch.arange(pairs, device=positions.device)
-    axis = torch.where(place % 2 == 0, 0, 1 + place // 2 % axes)
-    slot, grid = positions[..., :1], positions[..., 1:]
-    places = torch.cat([slot, slot + grid], dim=-1)
-    return _turns(places[..., axis] * base ** (-place / pairs))
-
-
-def _turns(angle: Tensor) -> Tensor:
-    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle)[:, :, None])
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns the channel pairs of `[R, S, H, D]` by `rotations`; the dtype stays."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # which fuses no complex numbers; else those are faster
-        (real, imaginary), (cosine, sine) = pairs.unbind(-1), rotation.unbind(-1)
-        both = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
-        return torch.stack(both, dim=-1).flatten(-2).to(x.dtype)
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(rotation)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -5,7 +5,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from mmrdpm.attention import backend, flex, sdpa, xformers
 from mmrdpm.attention.layout import BlockKind, Layout
 from mmrdpm.errors import RecipeError
-from mmrdpm.transformer import Attention, TransformerConfig, rotations
+from mmrdpm.positions import rotations
+from mmrdpm.transformer import Attention, TransformerConfig
 
 T, C, N = BlockKind.TEXT, BlockKind.CLEAN, BlockKind.NOISY
 

@@ -6,7 +6,8 @@ import torch
 from mmrdpm.attention import xformers
 from mmrdpm.document import ImageSegment, TextSegment, length, pack, with_history
 from mmrdpm.objective import loss
-from mmrdpm.transformer import Transformer, TransformerConfig, rotate, rotations
+from mmrdpm.positions import rotate, rotations
+from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(text_size=10, codebook_size=6)

@@ -11,7 +11,7 @@ PACKAGE = Path(mmrdpm.__file__).parent
 FLOORS = [
     {"errors", "recipe", "shipped", "hub", "machine", "tally", "distributed"},
     {"weights", "rdpm", "text_tokenizer", "vocabulary", "attention"},
-    {"document", "transformer", "objective", "data", "language_model"},
+    {"document", "positions", "transformer", "objective", "data", "language_model"},
     {"sampling", "optim", "checkpoint", "monitor", "metrics", "engine"},
     {"api", "pretrained"},
     {

@@ -370,7 +370,7 @@ def test_settings_that_cannot_be_measured_are_refused(mapping, scene, tmp_path):
         made(flow={"steps": []})
     with pytest.raises(RecipeError, match=r"ours\.steps: the method fixes it at 3"):
         made(ours={"steps": [50]})
-    with pytest.raises(RecipeError, match=r"flow\.noise_pool"):
+    with pytest.raises(RecipeError, match=r"flow\.noise_pool: it belongs to ours alone"):
         made(flow={"noise_pool": 1})
     with pytest.raises(RecipeError, match="lrs: name at least one"):
         made(ours={"lrs": []})

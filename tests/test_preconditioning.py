@@ -14,6 +14,8 @@ from mmrdpm.document import NO_TARGET, ImageSegment, TextSegment, pack
 from mmrdpm.errors import RecipeError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.objective import loss
+from mmrdpm.plan import make_plan
+from mmrdpm.positions import waves
 from mmrdpm.pretrained import complete
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.codebook import Codebook, CodebookFit
@@ -21,15 +23,16 @@ from mmrdpm.rdpm.estimates import coefficients, estimates
 from mmrdpm.rdpm.schedule import Schedule
 from mmrdpm.rdpm.trajectory import make_trajectory, walk
 from mmrdpm.sampling.image import Guided, Request, sample_images
+from mmrdpm.sweep.information import information
 from mmrdpm.text_tokenizer import load as load_text
 from mmrdpm.train_model import Trainer, train
-from mmrdpm.transformer import Transformer, TransformerConfig, waves
+from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
 V = Vocabulary(text_size=10, codebook_size=8)
 ON = {"code_geometry": True, "preconditioning": True, "places": True}
 SHAPE = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "ffn": 48}
-KINDS = [("path", 0.0), ("injected", 0.0), ("residual", 0.0), ("ancestral", 1.0)]
+KINDS = [("path", 0.0), ("injected", 0.0), ("residual", 0.0), ("ancestral", 0.3)]
 
 
 def trajectory_of(kind, eta, schedule="cosine", steps=4):
@@ -71,7 +74,7 @@ def test_guesses_are_the_best_that_are_linear(kind, eta):
     """Against least squares over walks of normal latents by a codebook that was fitted to them."""
     torch.manual_seed(0)
     trajectory, generator = trajectory_of(kind, eta), torch.Generator().manual_seed(0)
-    codebook = Codebook(4, 256, 4)
+    codebook = Codebook(4, 16, 4)  # coarse: codes are far shorter than residuals
     fit = CodebookFit(codebook)
     shape = (trajectory.num_noises, 3000, 4)
     for _ in range(30):
@@ -84,12 +87,15 @@ def test_guesses_are_the_best_that_are_linear(kind, eta):
     latents, noise = torch.randn(shape[1:]), torch.randn(shape)
     start = trajectory.start(noise).flatten()
     for timestep, state, residual, _ in walk(trajectory, codebook, latents, noise):
+        if timestep == 4:
+            assert not table[4, 0].any()  # nothing tells of the latent
+            continue
         seen = torch.stack([state.flatten(), start], 1)
         wanted = [latents.flatten(), residual.flatten() / codebook.gains[timestep - 1]]
         for guess, true in zip(table[timestep], wanted, strict=True):
             solved = torch.linalg.lstsq(seen, true[:, None], driver="gelsd").solution[:, 0]
             best = (true - seen @ solved).square().mean()
-            assert (true - seen @ guess).square().mean() < 1.1 * best + 1e-3
+            assert (true - seen @ guess).square().mean() < 1.05 * best
 
 
 def test_before_the_first_code_nothing_shows_but_the_scores_know_the_noise(images):
@@ -209,7 +215,18 @@ def test_what_does_not_go_together_is_refused(tiny_recipe, tiny_tokenizers, tmp_
     old = image_tokenizer.load(tiny_tokenizers / "image")
     per_step = image_tokenizer.ImageTokenizer(replace(old.config, per_step_codebook=True))
     per_step.save(tmp_path / "per-step")
-    overrides = ["train.soft_labels=1.0", "model.code_geometry=true"]
     image = f"tokenizers.image={tmp_path / 'per-step'}"
-    with pytest.raises(RecipeError, match="a codebook for each timestep"):
-        Trainer(recipe.load(ModelRecipe, tiny_recipe, [*overrides, image]), tmp_path / "run")
+    for key in ("train.soft_labels=1.0", "model.preconditioning=true"):
+        overrides = [key, "model.code_geometry=true", image]
+        with pytest.raises(RecipeError, match=rf"{key.split('=')[0]}: .* codebook for each"):
+            Trainer(recipe.load(ModelRecipe, tiny_recipe, overrides), tmp_path / "run")
+
+
+def test_plans_and_figures_of_codes_know_it(tiny_recipe, tmp_path):
+    overrides = [f"model.{key}=true" for key in ON] + ["train.soft_labels=2.0", "train.steps=2"]
+    loaded = recipe.load(ModelRecipe, tiny_recipe, overrides)
+    plain = make_plan(recipe.load(ModelRecipe, tiny_recipe), 1, "cpu")
+    assert make_plan(loaded, 1, "cpu").parameters != plain.parameters
+    assert train(loaded, tmp_path / "run")
+    found = information(mmrdpm.load(tmp_path / "run"), batches=1, joint_steps=2, seed=0)
+    assert len(found.marginal) == 3

@@ -15,9 +15,10 @@ from mmrdpm.document import TextSegment, pack
 from mmrdpm.errors import CheckpointError, MmrdpmError, RecipeError
 from mmrdpm.language_model import LanguageModel, convert, paired
 from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.positions import rotate, shifted_rotations
 from mmrdpm.sampling.text import sample_text
 from mmrdpm.train_model import Trainer, train
-from mmrdpm.transformer import Transformer, TransformerConfig, rotate, shifted_rotations
+from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
 transformers = pytest.importorskip("transformers")

@@ -5,13 +5,16 @@ normalised to be, and independent of the noise. Every trajectory's residual is l
 
     r_t = a z_0 + b x_t + c x_T + noise of variance f,
 
-so that its states are too, `x_t = A z_0 + B x_T + error of variance V`, with A = V = 0 at T and
+and so is its code, shorter than the residual by what codes are centroids for: with k the mean
+square of codes, that of `r_t / g_t` being 1, it is `k r_t` + an error of variance `k (1 - k) g_t^2`
+(the optimal quantiser's gain plus noise, Gersho & Gray 1992, section 6.4). Thus the states are
+`x_t = A z_0 + B x_T + error of variance V`, with A = V = 0 and B = 1 at T, and at t - 1
 
-    A' = (1 + b) A + a,  B' = (1 + b) B + c,  V' = (1 + b)^2 V + f + rho g_t^2
+    A' = (1 + k b) A + k a,  B' = (1 + k b) B + k c,  V' = (1 + k b)^2 V + k^2 f + k (1 - k) g_t^2.
 
-at t - 1, where rho is the share of a residual's variance that its code leaves. A network that is
-given the guesses has only the latent to find, and no noise to see through (as the preconditioning
-of Karras et al. 2022, arXiv 2206.00364, section 5, has it for a denoiser).
+A network that is given the guesses has little but the latent to find, and little noise to see
+through (as the preconditioning of Karras et al. 2022, arXiv 2206.00364, section 5, has it for a
+denoiser).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def estimates(trajectory: Trajectory, codebook: Codebook) -> Tensor:
         float32 `[T + 1, 2, 2]`: of timestep t, row 0 guesses `z_0` and row 1 `r_t / g_t`, which is
         0 at t = 0.
     """
-    left = 1 - _mean_square(codebook)
+    k = _mean_square(codebook)
     of_latent, of_start, error = 0.0, 1.0, 0.0  # A, B, V
     table = torch.zeros(trajectory.num_timesteps + 1, 2, 2)
     for timestep in range(trajectory.num_timesteps, 0, -1):
@@ -39,8 +42,9 @@ def estimates(trajectory: Trajectory, codebook: Codebook) -> Tensor:
         weight = _weight(of_latent, error)
         table[timestep, 0] = torch.tensor([weight, -weight * of_start])
         table[timestep, 1] = torch.tensor([b + a * weight, c - a * weight * of_start]) / gain
-        of_latent, of_start = (1 + b) * of_latent + a, (1 + b) * of_start + c
-        error = (1 + b) ** 2 * error + fresh + left * gain**2
+        stays = 1 + k * b
+        of_latent, of_start = stays * of_latent + k * a, stays * of_start + k * c
+        error = stays**2 * error + k**2 * fresh + k * (1 - k) * gain**2
     weight = _weight(of_latent, error)
     table[0, 0] = torch.tensor([weight, -weight * of_start])
     return table

@@ -141,7 +141,7 @@ def _blocks(model: Model, packed: Packed, positions: int) -> _Blocks:
     sizes = torch.tensor(model.images.codebook.sizes, device=timesteps.device)
     beyond = torch.arange(logits.shape[1], device=sizes.device) >= sizes[timesteps - 1, None]
     parts = (
-        hidden,
+        hidden[:, : model.transformer.config.width],  # without what preconditioning adds
         logits.masked_fill(beyond, -1e4),
         packed.targets[noisy] - offset,
         timesteps,

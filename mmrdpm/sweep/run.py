@@ -155,6 +155,10 @@ def count_flops(recipe: ModelRecipe) -> tuple[float, int]:
         batches = [trainer.loader.batch().to("cpu") for _ in range(_COUNTED)]
         with FlopCounterMode(display=False) as counter:
             for packed in batches:
-                loss(model, packed, recipe.train.text_weight).total.backward()
+                made = loss(
+                    *(model, packed, recipe.train.text_weight),
+                    soft_labels=recipe.train.soft_labels,
+                )
+                made.total.backward()
         parameters = sum(p.numel() for p in model.parameters())
     return counter.get_total_flops() / _COUNTED, parameters

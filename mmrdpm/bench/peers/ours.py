@@ -12,7 +12,7 @@ from mmrdpm.api import build
 from mmrdpm.bench.peers.protocol import Batch, Caption, How, OurShape, Peer, Scene
 from mmrdpm.data.documents import by_the_way
 from mmrdpm.document import NO_TARGET, Document, ImageSegment, TextSegment, length, pack
-from mmrdpm.objective import loss
+from mmrdpm.objective import check_soft_labels, loss
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.transformer import TransformerConfig
@@ -44,6 +44,8 @@ class Ours(Peer):
             places=shape.places,
         )
         self.soft_labels = shape.soft_labels
+        if self.soft_labels:
+            check_soft_labels("ours.soft_labels", scene.images.codebook)
         self.scene = scene
         self.shares = torch.from_numpy(by_the_way(scene.images.trajectory.schedule))
         self.vocabulary = Vocabulary(scene.texts.size, scene.images.codebook_size)

@@ -39,6 +39,8 @@ def make(name: str, recipe: PeerBench, scene: Scene, folder: Path) -> Peer:
         raise RecipeError(f"{name}.steps is empty: name at least one number of steps")
     if shape.steps and shape.steps != peer.steps:
         raise RecipeError(f"{name}.steps: the method fixes it at {peer.steps[0]}: leave it out")
+    if shape.noise_pool and name != "ours":
+        raise RecipeError(f"{name}.noise_pool: it belongs to ours alone: leave it out")
     ours = parameters(peer if name == "ours" else Ours(recipe.ours, scene))
     share = parameters(peer) / ours - 1
     if abs(share) > recipe.equal.tolerance:

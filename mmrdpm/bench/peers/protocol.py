@@ -39,6 +39,7 @@ class Shape:
         lrs: learning rates that the search tries.
         steps: network evaluations per picture (guidance counted as one), one entry per way of
             sampling that is measured; empty where the method fixes them.
+        noise_pool: of ours alone, see `TransformerConfig`.
     """
 
     layers: int = field(metadata={"min": 1})
@@ -48,6 +49,7 @@ class Shape:
     batch_size: int = field(default=32, metadata={"min": 1})
     lrs: tuple[float, ...] = (3e-3, 1e-2)
     steps: tuple[int, ...] = ()
+    noise_pool: int = field(default=0, metadata={"min": 0})
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -63,11 +65,10 @@ class OurShape(Shape):
     """What can be chosen of ours besides.
 
     Attributes:
-        noise_pool, preconditioning, places: see `TransformerConfig`.
+        preconditioning, places: see `TransformerConfig`.
         soft_labels: see `objective.loss`.
     """
 
-    noise_pool: int = field(default=0, metadata={"min": 0})
     preconditioning: bool = False
     places: bool = False
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
