@@ -69,7 +69,8 @@ class Packed:
         latents: float32 `[R, S, 2 C]`, `(x_t, x_T)` at image positions, zero elsewhere.
         timesteps: int64 `[R, S]`, 0 in clean and t in noisy blocks, `TEXT_TIMESTEP` elsewhere.
         targets: int64 `[R, S]`, token ids over the whole vocabulary, or `NO_TARGET`.
-        residuals: float32 `[R, S, C]`, what a target code is nearest to, zero where unknown.
+        residuals: float32 `[R, S, C]`, what a target code is nearest to, NaN where its segment does
+            not say, zero where no code is wanted.
         positions: int64 `[R, S, 1 + grid rank]`: slot, then place in the grid.
         layout: who sees whom.
     """
@@ -197,7 +198,9 @@ def _parts(
         latents = torch.cat([segment.states[timestep].flatten(0, -2), start], dim=-1)
         if timestep:
             targets = vocabulary.code_token_ids(segment.code_indices[timestep - 1].flatten())
-            if segment.residuals is not None:
+            if segment.residuals is None:
+                residuals = torch.full_like(start, torch.nan)
+            else:
                 residuals = segment.residuals[timestep - 1].flatten(0, -2)
         else:
             # what later segments see is the image, whatever noise it was drawn from

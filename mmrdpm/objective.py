@@ -71,7 +71,7 @@ def loss(
             (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4).
         soft_labels: temperature tau of the codes' labels: code k is wanted with a probability in
             proportion to `exp(-||r_t / g_t - e_k||^2 / tau)` (Lee et al. 2022, arXiv 2203.01941,
-            section 3.2.3), which says where the residual lies and not only to which code it is
+            section 3.2), which says where the residual lies and not only to which code it is
             nearest. 0 is the nearest code alone. Needs `code_geometry`.
         divisor: the summed weights of the whole batch where these rows are only a part of it.
     """

@@ -50,7 +50,7 @@ class TransformerConfig:
             codes that lie near each other then score alike from the start.
         preconditioning: whether image positions enter with the guess of `z_0` that `(x_t, x_T)`
             make, in place of both, and the scores of codes begin from their guess of the residual,
-            as sharply as the network says: noise is then nothing to learn. Needs `code_geometry`.
+            as sharply as the network says. Needs `code_geometry`, see `estimates`.
         places: whether image positions enter with sines of their place in the grid, which RoPE
             shows only between two. Needs `norm_inputs`.
         init_from: weights to begin with, see `pretrained`: a language model's folder or hub id, or
@@ -99,11 +99,10 @@ class TransformerConfig:
                 f"model: a head has {self.head_dim} channels, but RoPE turns them in pairs: change"
                 " width or heads"
             )
-
         if self.places and not self.norm_inputs:
             raise RecipeError(
                 "model.places adds waves of the size that normalised inputs have: it needs"
-                " norm_inputs: true"
+                " norm_inputs: true, which no language model has"
             )
         if self.preconditioning and not (self.code_geometry and self.sees_start_noise):
             raise RecipeError(
@@ -233,7 +232,7 @@ class Transformer(nn.Module):
             if self.config.preconditioning:
                 assert estimates is not None, "the image tokeniser was not loaded"
                 scored = torch.cat([vectors, -length / 2], dim=1)
-                scored = pad(scored, (0, -scored.shape[1] % 8))  # products of odd sizes are slow
+                scored = pad(scored, (0, -scored.shape[1] % 8))  # GPUs' fast kernels want multiples
                 self.code_vectors = scored.to(self.table.weight.device)
                 self.estimates = estimates.to(self.table.weight.device)
 

@@ -230,3 +230,22 @@ def test_plans_and_figures_of_codes_know_it(tiny_recipe, tmp_path):
     assert train(loaded, tmp_path / "run")
     found = information(mmrdpm.load(tmp_path / "run"), batches=1, joint_steps=2, seed=0)
     assert len(found.marginal) == 3
+
+
+def test_labels_cannot_be_soft_where_nobody_knows_the_residual(images):
+    row = rows_of(torch.randn(4, 2, 2, 4), (2,))
+    assert loss(make_model(images), row, soft_labels=1.0).total.isnan()
+    assert loss(make_model(images), row).total.isfinite()
+
+
+def test_a_run_that_saw_the_state_alone_learns_anew_what_comes_in(tiny_recipe, tmp_path):
+    overrides = ["model.sees_start_noise=false", "model.code_geometry=true", "train.steps=2"]
+    first = recipe.load(ModelRecipe, tiny_recipe, overrides)
+    assert train(first, tmp_path / "run")
+    on = {"preconditioning": True, "sees_start_noise": True, "init_from": str(tmp_path / "run")}
+    loaded = replace(first, model=replace(first.model, **on))
+    text = str(tmp_path / "run" / "tokenizers" / "text")
+    loaded = replace(loaded, tokenizers=replace(loaded.tokenizers, text=text))
+    trainer = Trainer(complete(loaded), tmp_path / "then")
+    anew = trainer.describe().split("drawn anew: ")[1]
+    assert anew == "from_latents.weight, precision.weight, precisions.weight"

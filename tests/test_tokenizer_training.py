@@ -384,9 +384,8 @@ def test_a_codebook_that_stays_out_of_use_stops_the_run(pictures, published, tmp
         "statistics_images": 8,
         "collapse": {"min_usage": 1.0, "patience": 3},
     }
-    made = make_recipe(pictures, kl, plan, checkpoint={"log_every": 2})
     with pytest.raises(TrainingError, match=r"collapsed: at timestep \d.* at 3 checks in a row"):
-        train_image(made, tmp_path / "run")
+        train_image(make_recipe(pictures, kl, plan, checkpoint={"log_every": 2}), tmp_path / "run")
     assert [record["step"] for record in losses(tmp_path / "run")] == [2, 4]
 
 

@@ -5,9 +5,9 @@ normalised to be, and independent of the noise. Every trajectory's residual is l
 
     r_t = a z_0 + b x_t + c x_T + noise of variance f,
 
-and so is its code, shorter than the residual by what codes are centroids for: with k the mean
-square of codes, that of `r_t / g_t` being 1, it is `k r_t` + an error of variance `k (1 - k) g_t^2`
-(the optimal quantiser's gain plus noise, Gersho & Gray 1992, section 6.4). Thus the states are
+and so, nearly, is its code. A code e is the mean of the residuals that it stands for, so that
+`E[r e] = E[e^2]`: with k the mean square of codes, that of `r_t / g_t` being 1, least squares make
+of it `k r_t` + an error of variance `k (1 - k) g_t^2`. Thus the states are
 `x_t = A z_0 + B x_T + error of variance V`, with A = V = 0 and B = 1 at T, and at t - 1
 
     A' = (1 + k b) A + k a,  B' = (1 + k b) B + k c,  V' = (1 + k b)^2 V + k^2 f + k (1 - k) g_t^2.
