@@ -191,6 +191,10 @@ def test_a_run_with_all_of_it_comes_back_and_keeps_it(tiny_recipe, tmp_path):
     again.restore(tmp_path / "run" / "step-0000012.safetensors")
     assert model.transformer.precisions.weight.abs().max() > 0
     packed = again.loader.batch()
+    device = again.transformer.table.weight.device
+    learned, *_ = again.parallel.module(packed.to(device), torch.tensor(1.0, device=device))
+    soft = loss(again.transformer, packed.to(device), 1.0, 0.0, torch.tensor(1.0), 2.0).total
+    torch.testing.assert_close(learned, soft.to(device))
     one, two = (m(packed.to(m.table.weight.device)) for m in (model.transformer, again.transformer))
     torch.testing.assert_close(one, two)
     assert model.generate(["red heart"])[0].size == (16, 16)
@@ -225,10 +229,11 @@ def test_what_does_not_go_together_is_refused(tiny_recipe, tiny_tokenizers, tmp_
 def test_plans_and_figures_of_codes_know_it(tiny_recipe, tmp_path):
     overrides = [f"model.{key}=true" for key in ON] + ["train.soft_labels=2.0", "train.steps=2"]
     loaded = recipe.load(ModelRecipe, tiny_recipe, overrides)
-    plain = make_plan(recipe.load(ModelRecipe, tiny_recipe), 1, "cpu")
-    assert make_plan(loaded, 1, "cpu").parameters != plain.parameters
     assert train(loaded, tmp_path / "run")
-    found = information(mmrdpm.load(tmp_path / "run"), batches=1, joint_steps=2, seed=0)
+    model = mmrdpm.load(tmp_path / "run")
+    parameters = sum(p.numel() for p in model.transformer.parameters())
+    assert make_plan(loaded, 1, "cpu").parameters == parameters
+    found = information(model, batches=1, joint_steps=2, seed=0)
     assert len(found.marginal) == 3
 
 

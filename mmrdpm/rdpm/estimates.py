@@ -45,8 +45,7 @@ def estimates(trajectory: Trajectory, codebook: Codebook) -> Tensor:
         stays = 1 + k * b
         of_latent, of_start = stays * of_latent + k * a, stays * of_start + k * c
         error = stays**2 * error + k**2 * fresh + k * (1 - k) * gain**2
-    weight = _weight(of_latent, error)
-    table[0, 0] = torch.tensor([weight, -weight * of_start])
+    table[0, 0, 0] = _weight(of_latent, error + of_start**2)  # a clean block does not show x_T
     return table
 
 
