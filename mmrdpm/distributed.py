@@ -50,9 +50,20 @@ def restarted() -> bool:
 
 
 def take_device() -> None:
-    """Makes this process use the GPU of its own number on this machine, if there are any."""
+    """Makes this process use the GPU of its own number on this machine, if there are any.
+
+    Raises:
+        DistributedError: there are GPUs, but fewer than ranks.
+    """
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise DistributedError(
+                f"rank {rank()}: this machine has {count} GPU{'s' * (count > 1)}, too few for its"
+                f" local rank {local}: lower torchrun's --nproc-per-node to {count}, or set"
+                " CUDA_VISIBLE_DEVICES= for ranks on the CPU"
+            )
+        torch.cuda.set_device(local)
 
 
 @contextmanager
@@ -63,7 +74,7 @@ def joined(timeout: float) -> Iterator[None]:
         timeout: seconds after which a rank that does not answer ends the job.
 
     Raises:
-        DistributedError: another rank was lost or did not answer in time.
+        DistributedError: another rank was lost or did not answer in time, or this one has no GPU.
     """
     if world_size() == 1:
         yield

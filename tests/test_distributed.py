@@ -14,7 +14,7 @@ import yaml
 
 from mmrdpm import checkpoint, distributed, recipe, weights
 from mmrdpm.engine import parallel, shards
-from mmrdpm.errors import CheckpointError, RecipeError
+from mmrdpm.errors import CheckpointError, DistributedError, RecipeError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.train_model import train
 
@@ -23,14 +23,23 @@ SEQUENCE = "loss/"  # the figures that must agree
 
 @pytest.fixture(scope="module")
 def shared_recipe(tiny_recipe, tmp_path_factory):
-    """20 updates of four rows, a checkpoint in the middle, the weights averaged."""
+    """20 updates of four rows, a checkpoint in the middle, the weights averaged, all in float32."""
     mapping = yaml.safe_load(tiny_recipe.read_text())
     mapping["data"]["rows"] = 4
-    mapping["train"] |= {"steps": 20, "timeout": 60, "ema": 0.9}
+    mapping["train"] |= {"steps": 20, "timeout": 60, "ema": 0.9, "precision": "fp32"}
     mapping["checkpoint"] = {"every": 10, "keep": 3, "log_every": 1}
     path = tmp_path_factory.mktemp("shared") / "shared.yaml"
     path.write_text(yaml.safe_dump(mapping))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Two ranks would want two GPUs: here they meet on the CPU, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the ranks
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +48,18 @@ def alone(shared_recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp("alone") / "run"
     assert train(recipe.load(ModelRecipe, shared_recipe), run)
     return run
+
+
+def test_a_rank_without_a_gpu_of_its_own_says_how_many_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(DistributedError, match=r"rank 1: .* has 1 GPU, .*--nproc-per-node to 1"),
+        distributed.joined(60),
+    ):
+        pass
 
 
 def free_port():
