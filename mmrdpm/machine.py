@@ -19,6 +19,7 @@ import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
 _MOST_CORES = 8  # side by side, since what each computes takes memory of its own
+_LOOK = 0.2  # seconds between two looks whether Ctrl-C was pressed
 _MAKING = Lock()
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
@@ -81,10 +82,12 @@ def side_by_side(function: Callable[[Thing], Result], things: Sequence[Thing]) -
     if cores == 1:
         work()
     else:
-        workers = _workers()
-        working = [workers.submit(work) for _ in range(min(cores, len(things)))]
+        workers, working = _workers(), []
         try:
-            wait(working)
+            for _ in range(min(cores, len(things))):
+                working.append(workers.submit(work))
+            while wait(working, timeout=_LOOK).not_done:
+                pass  # Ctrl-C just before a wait without end would be seen after it
         finally:
             deque(left, maxlen=0)
             wait([worker for worker in working if not worker.cancel()])

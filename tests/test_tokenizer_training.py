@@ -166,7 +166,7 @@ def test_two_ranks_train_the_tokeniser_of_one_process(full_recipe, tmp_path):
     path, run = tmp_path / "recipe.yaml", tmp_path / "run"
     mapping = recipe.to_dict(full_recipe)
     mapping["train"]["loss"] |= {"perceptual": 0.0, "backbone": ""}
-    mapping["checkpoint"]["every"] = 20
+    mapping["train"]["precision"], mapping["checkpoint"]["every"] = "fp32", 20
     plain = recipe.from_dict(ImageTokenizerRecipe, mapping, "test")
     recipe.dump(plain, path)
     assert train_image(plain, tmp_path / "alone")
