@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep import information, spec
 from mmrdpm.sweep.records import Records
-from mmrdpm.sweep.report import results_table
+from mmrdpm.sweep.report import report, results_table
 from mmrdpm.sweep.run import count_flops, run_sweep
 from mmrdpm.train_model import Trainer
 
@@ -84,6 +85,8 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert table.count("\n| base |") == 2 and table.count("\n| guided |") == 1
     for plot in ("quality", "steps", "tokenizers"):
         assert (out / f"tiny-{plot}.svg").read_text().startswith("<?xml")
+    others = report(replace(spec.load(path), seeds=(5,)), out)  # a sweep beside it in the folder
+    assert "| guided |" not in others.read_text()
 
     before = (out / "results.jsonl").read_bytes()
     assert run_sweep(spec.load(path), out, None, silent)  # nothing is left to measure
@@ -204,6 +207,7 @@ def test_orders_see_every_number_of_codes_alike():
         ({"variants": [{"name": "a", "tokenizer": ["tokenizer.eta=2"]}]}, "at most 1.0"),
         ({"tokenizer_recipe": None, "variants": [{"name": "a", "tokenizer": ["x=1"]}]}, "set tok"),
         ({"tflop": 3}, "did you mean tflops"),
+        ({"tflops": 0}, "tflops is 0"),
         ({"chart": "lr"}, "needs model.width and train.lr"),
         ({"seeds": [-1]}, r"seeds\[0\] is -1"),
         ({"seeds": [10**22]}, "at most"),

@@ -29,7 +29,7 @@ COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
 
 
 def report(sweep: Sweep, out: Path) -> Path:
-    """Writes table and plots of the sweep's variants, as far as they are there.
+    """Writes table and plots of the sweep's variants and seeds, as far as they are there.
 
     Gives the path of the table, `OUT/NAME.md`.
 
@@ -37,7 +37,8 @@ def report(sweep: Sweep, out: Path) -> Path:
         DataError: the package that draws is not installed.
     """
     names = [variant.name for variant in sweep.variants]
-    rows = [r for r in Records(out / "results.jsonl").all() if r["variant"] in names]
+    lines = Records(out / "results.jsonl").all()  # of other sweeps and their seeds too
+    rows = [r for r in lines if r["variant"] in names and r["seed"] in sweep.seeds]
     tokenizers = [r for r in Records(out / "tokenizers.jsonl").all() if r["name"] in names]
     parts = [results_table(names, rows), tokenizers_table(tokenizers)]
     if rows:

@@ -105,6 +105,8 @@ def load(path: Path) -> Sweep:
             raise RecipeError(f"{path}: variant {name!r}: a name has a-z, 0-9, '_', '.' and '-'")
         if names.count(name) > 1:
             raise RecipeError(f"{path}: variant {name!r} comes twice: give each its own name")
+    if sweep.model_recipe and not sweep.tflops:
+        raise RecipeError(f"{path}: tflops is 0, which trains nothing: give the budget of a run")
     if not names or not sweep.seeds or not (sweep.model_recipe or sweep.tokenizer_recipe):
         raise RecipeError(f"{path}: a sweep needs variants, seeds, and a base recipe")
     for variant in sweep.variants:
