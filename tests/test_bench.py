@@ -106,7 +106,11 @@ def test_a_bench_of_training_reports_share_memory_and_optimiser(tiny_recipe, tmp
     assert 0 < figures["optimizer_share"] < 1
     assert figures["peak_bytes"] > 2**20
     assert len(figures["all_rounds"]["flops_per_second"]) == 2
-    assert "peak memory" in capsys.readouterr().out
+    points = figures["growth"]["rows of a batch"]["points"]
+    assert [point["size"] for point in points] == [1, 2]
+    assert points[1]["bytes"] > points[0]["bytes"]
+    said = capsys.readouterr().out
+    assert "peak memory" in said and "rows of a batch (1, 2): time ~ size^" in said
 
 
 @pytest.mark.parametrize(

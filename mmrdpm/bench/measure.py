@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mmrdpm.tally import Tally
+
 Work = Callable[[], object]
 
 _PRODUCTS = {"cpu": (2048, 1), "cuda": (8192, 200)}
@@ -70,6 +72,53 @@ def memory_read(device: torch.device) -> tuple[Work, int]:
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """b of the least-squares fit `value = a * size ** b`, on logarithms."""
     return statistics.linear_regression(*(list(map(math.log, x)) for x in (sizes, values))).slope
+
+
+def growth(works: Mapping[float, Work], rounds: int) -> dict[str, Any]:
+    """Seconds and peak bytes of works by size, with the exponents of fitted power laws."""
+    named = {str(size): work for size, work in works.items()}
+    seconds = interleaved(named, rounds)
+    points = [
+        {
+            "size": size,
+            "seconds": statistics.median(seconds[str(size)]),
+            "bytes": _peak(work),
+        }
+        for size, work in works.items()
+    ]
+    sizes = [point["size"] for point in points]
+    return {
+        "points": points,
+        "time_exponent": exponent(sizes, [point["seconds"] for point in points]),
+        "memory_exponent": exponent(sizes, [point["bytes"] for point in points]),
+    }
+
+
+def growth_lines(grown: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What `growth` found, by what grows, to read."""
+    shown = []
+    for name, found in grown.items():
+        sizes = ", ".join(f"{point['size']:g}" for point in found["points"])
+        shown.append(
+            f"{name} ({sizes}): time ~ size^{found['time_exponent']:.2f},"
+            f" memory ~ size^{found['memory_exponent']:.2f}"
+        )
+    return shown
+
+
+def _peak(work: Work) -> float:
+    """The most bytes that the tensors made by one call take at once, weights left out.
+
+    Of one thread: what others do beside it is not counted.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Tally() as tally:
+            work()
+    finally:
+        torch.set_num_threads(threads)
+    return tally.peak
 
 
 def machine_facts(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 Points = Sequence[tuple[float, float]]
 
@@ -31,6 +32,17 @@ def chart(title: str, x_label: str, y_label: str, series: Mapping[str, Points]) 
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(_text(_MARGIN + 10, 52 + 15 * i, name, "start", colour))
     return f"<g>{''.join(parts)}</g>"
+
+
+def growth_charts(grown: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Time and memory over what grows, a chart each; see `measure.growth`."""
+    charts = []
+    for name, found in grown.items():
+        for key, which in (("seconds", "time"), ("bytes", "memory")):
+            points = [(point["size"], point[key]) for point in found["points"]]
+            power = f"power {found[f'{which}_exponent']:.2f}"
+            charts.append(chart(f"{key} over {name}", name, key, {power: points}))
+    return charts
 
 
 def page(charts: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +12,21 @@ from mmrdpm import api, machine
 from mmrdpm.api import Model
 from mmrdpm.bench.measure import (
     Work,
-    exponent,
+    growth,
+    growth_lines,
     interleaved,
     machine_facts,
     matrix_product,
     memory_read,
     ratio,
 )
-from mmrdpm.bench.plot import chart, page
+from mmrdpm.bench.plot import growth_charts, page
 from mmrdpm.document import TextSegment, pack
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling.choose import Choice
 from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.sampling.text import sample_text
-from mmrdpm.tally import Tally
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
@@ -44,7 +43,10 @@ def bench_sample(model: Model, threads: int, rounds: int) -> dict[str, Any]:
         "machine": machine_facts(torch.float32, device),
         "images": images(model, rounds),
         "text": text(model, rounds),
-        "growth": {name: growth(sizes, rounds) for name, sizes in GROWTH.items()},
+        "growth": {
+            name: growth({size: built.drawing() for size, built in sizes.items()}, rounds)
+            for name, sizes in GROWTH.items()
+        },
     }
 
 
@@ -62,26 +64,12 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f" {text['times_floor']:.2f} times as long as reading the weights at"
         f" {text['bytes_per_second'] / 1e9:.1f} GB/s"
     )
-    for name, grown in figures["growth"].items():
-        sizes = ", ".join(str(point["size"]) for point in grown["points"])
-        shown.append(
-            f"{name} ({sizes}): time ~ size^{grown['time_exponent']:.2f},"
-            f" memory ~ size^{grown['memory_exponent']:.2f}"
-        )
-    return shown
+    return shown + growth_lines(figures["growth"])
 
 
 def plot(figures: dict[str, Any]) -> str:
     """Growth of time and memory, as SVG."""
-    charts = []
-    for name, grown in figures["growth"].items():
-        for key, label in (("seconds", "seconds"), ("bytes", "bytes")):
-            power = grown["time_exponent" if key == "seconds" else "memory_exponent"]
-            points = [(point["size"], point[key]) for point in grown["points"]]
-            charts.append(
-                chart(f"{label} over {name}", name, label, {f"power {power:.2f}": points})
-            )
-    return page(charts)
+    return page(growth_charts(figures["growth"]))
 
 
 def images(model: Model, rounds: int) -> dict[str, Any]:
@@ -186,44 +174,6 @@ GROWTH: dict[str, dict[int, Size]] = {
     "weights of the stack": {4 * 13 * width**2: Size(width=width) for width in (64, 128, 256, 512)},
 }
 """Sizes by what grows; of a stack of width D, `4 layers * (4 + 9) D^2` weights."""
-
-
-def _peak(work: Work) -> float:
-    """The most bytes that the tensors made by one call take at once, weights left out.
-
-    Of one thread: what others do beside it is not counted.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with Tally() as tally:
-            work()
-    finally:
-        torch.set_num_threads(threads)
-    return tally.peak
-
-
-def growth(sizes: dict[int, Size], rounds: int) -> dict[str, Any]:
-    """Seconds and peak bytes over sizes, with the exponents of fitted power laws."""
-    works = {str(size): built.drawing() for size, built in sizes.items()}
-    seconds = interleaved(works, rounds)
-    points = [
-        {
-            "size": size,
-            "seconds": statistics.median(seconds[str(size)]),
-            "bytes": _peak(works[str(size)]),
-        }
-        for size in sizes
-    ]
-    return {
-        "points": points,
-        "time_exponent": _power(points, lambda point: point["seconds"]),
-        "memory_exponent": _power(points, lambda point: point["bytes"]),
-    }
-
-
-def _power(points: Sequence[dict[str, float]], of: Callable[[dict[str, float]], float]) -> float:
-    return exponent([point["size"] for point in points], [of(point) for point in points])
 
 
 def _drawing(

@@ -6,18 +6,29 @@ import resource
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmrdpm import machine
-from mmrdpm.bench.measure import machine_facts, matrix_product, ratio, timed
-from mmrdpm.bench.plot import chart, page
+from mmrdpm.bench.measure import (
+    Work,
+    growth,
+    growth_lines,
+    machine_facts,
+    matrix_product,
+    ratio,
+    timed,
+)
+from mmrdpm.bench.plot import chart, growth_charts, page
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.train_model import Trainer
 
 _UPDATES = 5  # per round
+GROWN = {"rows of a batch": ("data", "rows"), "layers": ("model", "layers")}
+"""Section and key of the recipe by what grows: from a quarter of it, so that the whole one fits."""
 
 
 def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
@@ -52,12 +63,14 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
             }
         )
     columns = {key: [row[key] for row in measured] for key in measured[0]}
+    peak = _peak_bytes(trainer.device)
     return {
         "machine": machine_facts(trainer.dtype, trainer.device),
         "run": trainer.describe(),
         **{key: statistics.median(column) for key, column in columns.items()},
         "share": ratio(columns["flops_per_second"], columns["matrix_flops_per_second"]),
-        "peak_bytes": _peak_bytes(trainer.device),
+        "peak_bytes": peak,
+        "growth": _growth(recipe, rounds),
         "all_rounds": columns,
     }
 
@@ -76,11 +89,12 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f" {facts['threads']} threads)",
         f"optimiser              {figures['optimizer_share']:.1%} of the time",
         f"peak memory            {figures['peak_bytes'] / 2**20:,.0f} MiB",
+        *growth_lines(figures["growth"]),
     ]
 
 
 def plot(figures: dict[str, Any]) -> str:
-    """Training and the matrix product in every round, as SVG."""
+    """Training and the matrix product in every round, and growth, as SVG."""
     columns = figures["all_rounds"]
     series = {
         name: [(i + 1, value) for i, value in enumerate(columns[key])]
@@ -89,7 +103,32 @@ def plot(figures: dict[str, Any]) -> str:
             ("training", "flops_per_second"),
         )
     }
-    return page([chart("operations per second", "round", "FLOP/s", series)])
+    rates = chart("operations per second", "round", "FLOP/s", series)
+    return page([rates, *growth_charts(figures["growth"])])
+
+
+def _growth(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
+    """An update's seconds and bytes as one number of the recipe grows; see `measure.growth`.
+
+    Uncompiled: what a compiled layer holds could not be followed.
+    """
+    grown = {}
+    for name, (section, key) in GROWN.items():
+        part = getattr(recipe, section)
+        whole = getattr(part, key)
+        sizes = sorted({max(1, whole // 4), max(1, whole // 2), whole})
+        if len(sizes) > 1:
+            altered = [replace(recipe, **{section: replace(part, **{key: n})}) for n in sizes]
+            works = dict(zip(sizes, map(_update, altered), strict=True))
+            grown[name] = growth(works, rounds)
+    return grown
+
+
+def _update(recipe: ModelRecipe) -> Work:
+    """One update of a run that leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = replace(recipe, train=replace(recipe.train, compile=False))
+        return Trainer(plain, Path(folder)).update
 
 
 class _Clock:
