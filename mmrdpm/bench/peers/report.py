@@ -30,6 +30,12 @@ _HEAD = (
 )
 
 
+_STROKES = ("-", "--", ":")  # after ten lines colours begin anew
+
+Curve = list[tuple[float, dict[str, Any]]]
+"""Of points in training what lies across, and the figures of the best way of drawing there."""
+
+
 def check() -> None:
     """Raises DataError where the plots cannot be drawn."""
     try:
@@ -44,19 +50,19 @@ def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
     ways = _ways(results)
     if not ways:
         return
-    lines = {title: _curve(result, steps, "flops", 1.0) for title, result, steps in ways}
-    _plot(out / "quality-flops.svg", lines, "training FLOPs")
+    lines = {title: curve(result, steps) for title, result, steps in ways}
+    plot(out / "quality-flops.svg", lines, "training FLOPs")
     timed = [way for way in ways if _speeds(*way[1:])]
     if not timed:
         return
-    lines = {title: _curve(r, steps, "step", _update_seconds(r)) for title, r, steps in timed}
-    _plot(out / "quality-seconds.svg", lines, "seconds of training")
+    lines = {title: curve(r, steps, "step", _update_seconds(r)) for title, r, steps in timed}
+    plot(out / "quality-seconds.svg", lines, "seconds of training")
     dots = {
         title: [(max(_speeds(result, steps))[1], best(result["curve"][-1], steps))]
         for title, result, steps in timed
     }
     batch = max(entry["batch"] for entry in timed[0][1]["sampling"])
-    _plot(out / "quality-sampling.svg", dots, f"seconds per picture, {batch} at once", "log")
+    plot(out / "quality-sampling.svg", dots, f"seconds per picture, {batch} at once", "log")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -101,9 +107,8 @@ def _ways(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], 
     ]
 
 
-def _curve(
-    result: dict[str, Any], steps: int, key: str, factor: float
-) -> list[tuple[float, dict[str, Any]]]:
+def curve(result: dict[str, Any], steps: int, key: str = "flops", factor: float = 1.0) -> Curve:
+    """How the quality of `steps` steps of drawing grew over `factor` times a key of the points."""
     return [(factor * point[key], best(point, steps)) for point in result["curve"]]
 
 
@@ -148,7 +153,7 @@ def _with_interval(
     return f"{value} ({low} to {high})"
 
 
-def _plot(path: Path, lines: dict[str, list[tuple[float, Any]]], label: str, scale: str = "linear"):  # type: ignore[no-untyped-def]
+def plot(path: Path, lines: dict[str, Curve], label: str, scale: str = "linear") -> None:
     """Top 10 and KID side by side over `label`."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -158,9 +163,9 @@ def _plot(path: Path, lines: dict[str, list[tuple[float, Any]]], label: str, sca
     for panel, key, name in zip(
         panels, ("top10", "kid"), ("named in the top 10", "KID"), strict=True
     ):
-        for title, points in lines.items():
+        for i, (title, points) in enumerate(lines.items()):
             across, up = [x for x, _ in points], [figures[key] for _, figures in points]
-            panel.plot(across, up, marker="o", label=title)
+            panel.plot(across, up, "o" + _STROKES[i // 10 % len(_STROKES)], label=title)
         panel.set(xlabel=label, ylabel=name, xscale=scale)
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
