@@ -96,6 +96,11 @@ def test_what_is_missing_for_the_published_scores_is_said_before_drawing(run, tm
     (tmp_path / "p.txt").write_text("red heart\npizza\n")
     assert_mistake(run("imagenet256", *small), "real: no pictures", "reference=DIR")
     assert_mistake(run("t2i"), "prompts.txt: cannot be read")
+    pictures(tmp_path / "real", 12)
+    Image.new("RGB", (16, 8)).save(tmp_path / "real/5.png")
+    assert_mistake(run("imagenet256", *small), "5.png: mismatched resolutions: 16x8")
+    (tmp_path / "real/5.png").write_text("no picture")
+    assert_mistake(run("imagenet256", *small), "5.png: not a picture that can be read")
     assert not (tmp_path / "out/pictures").exists()
 
 
@@ -150,6 +155,12 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     (tmp_path / "p.txt").write_text("red heart\npizza\n")
     pictures(tmp_path / "real", 12)
     small = ("resolution=16", "prompts=p.txt", "reference=real", "inception=weights.pth")
+    whole = (tmp_path / "real/5.png").read_bytes()
+    (tmp_path / "real/5.png").write_bytes(whole[:200])
+    status, _, err = run("imagenet256", *small, "samples=11")
+    assert status == 1 and "5.png: the picture could not be read" in err
+    assert not (tmp_path / "out/pictures").exists()
+    (tmp_path / "real/5.png").write_bytes(whole)
     status, _, err = run("imagenet256", *small, "samples=11")
     assert status == 0, err
     found = {f.name.split("/")[-1]: f for f in results.load(tmp_path / "out").figures}

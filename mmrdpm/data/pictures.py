@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +44,23 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
         PictureError: it is missing, no picture, damaged, of floating point pixels, or larger
             than `MAX_PIXELS`.
     """
-    where = name or str(source)
+    with _opened(source, name or str(source)) as picture:
+        return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """Width and height by the file's header, before it is turned upright; no pixel is decoded.
+
+    Raises:
+        PictureError: as `open_picture`, as far as the header tells.
+    """
+    with _opened(path, str(path)) as picture:
+        return picture.size
+
+
+@contextmanager
+def _opened(source: Path | IO[bytes], where: str) -> Iterator[Image.Image]:
+    """The picture, its header read; whatever fails within is a PictureError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -58,7 +75,7 @@ def open_picture(source: Path | IO[bytes], name: str | None = None) -> Image.Ima
                     raise PictureError(
                         where, "floating point pixels", ": save it with 8 bits a channel"
                     )
-                return to_rgb(ImageOps.exif_transpose(picture))
+                yield picture
     except FileNotFoundError:
         raise PictureError(where, "no such file") from None
     except UnidentifiedImageError:

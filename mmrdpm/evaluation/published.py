@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmrdpm import machine
 from mmrdpm.api import Model
-from mmrdpm.data.pictures import contact_sheet, open_picture
+from mmrdpm.data.pictures import contact_sheet, open_picture, stored_size
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation.figure import Figure, digest
 from mmrdpm.evaluation.part import Part
@@ -48,8 +48,9 @@ class ImagenetEvaluation:
     """One suite over one model.
 
     Raises:
-        DataError: the model draws another size, or the data or weights are not where the suite
-            says; before anything is drawn.
+        DataError: the model draws another size, the data or weights are not where the suite
+            says, or a real picture is of another size or has no header that can be read; before
+            anything is drawn.
     """
 
     def __init__(self, model: Model, suite: ImagenetSuite, store: Store) -> None:
@@ -71,6 +72,8 @@ class ImagenetEvaluation:
                 f" {suite.samples} samples and {len(self.reference)} real ones: raise samples, or"
                 " add to the reference"
             )
+        for path in self.reference:
+            _check_size(path, stored_size(path), suite.resolution)
         self.inception = Inception(Path(suite.inception), model.transformer.table.weight.device)
 
     def parts(self) -> Iterator[Part]:
@@ -87,7 +90,7 @@ class ImagenetEvaluation:
         """Heusel et al. 2017 (arXiv 1706.08500); its interval is over the drawn samples."""
         from torch_fidelity import metric_fid
 
-        drawn, real = self._drawn[0], self._real[0]
+        drawn, real = self._pooled
         statistics = [metric_fid.fid_features_to_statistics(x) for x in (drawn, real)]
         value = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
         fid = value[metric_fid.KEY_METRIC_FID]
@@ -108,7 +111,7 @@ class ImagenetEvaluation:
         """Kynkäänniemi et al. 2019 (arXiv 1904.06991), 3 neighbours, on Inception features."""
         from torch_fidelity import metric_prc
 
-        drawn, real = self._drawn[0], self._real[0]
+        drawn, real = self._pooled
         found = metric_prc.prc_features_to_metric(
             drawn, real, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
@@ -135,6 +138,12 @@ class ImagenetEvaluation:
             sampling = asdict(self.model.sampling)
             files += self.store.draw(title, prompts, seed, sampling, self.model.generate)
         return files
+
+    @property
+    def _pooled(self) -> tuple[Tensor, Tensor]:
+        """Drawn and real; the real ones first, so that a damaged one is found before drawing."""
+        real = self._real[0]
+        return self._drawn[0], real
 
     @cached_property
     def _drawn(self) -> Features:
@@ -243,13 +252,17 @@ def read_batch(files: Sequence[Path], size: int) -> Tensor:
     pictures = []
     for path in files:
         picture = open_picture(path)
-        if picture.size != (size, size):
-            raise DataError(
-                f"{path}: mismatched resolutions: {picture.width}x{picture.height}, the suite is"
-                f" for {size}x{size}: resize the reference as the paper you compare with does"
-            )
+        _check_size(path, picture.size, size)
         pictures.append(np.asarray(picture))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def _check_size(path: Path, found: tuple[int, int], size: int) -> None:
+    if found != (size, size):
+        raise DataError(
+            f"{path}: mismatched resolutions: {found[0]}x{found[1]}, the suite is for"
+            f" {size}x{size}: resize the reference as the paper you compare with does"
+        )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
