@@ -130,8 +130,21 @@ def test_captions_are_judged_by_the_coco_code():
     assert captioned.cider(right, references).value == pytest.approx(10)
     assert captioned.bleu(right, references).value == pytest.approx(1, abs=1e-6)
     assert captioned.cider(wrong, references).value < 1
-    with pytest.raises(DataError, match="0 captions for 0 records"):
+    with pytest.raises(DataError, match="2 captions for 3 records"):
+        captioned.bleu(right[:2], references)
+
+
+def test_too_few_captions_and_too_short_ones_are_told():
+    with pytest.raises(DataError, match="BLEU needs at least 2 captions, not 0"):
         captioned.bleu([], [])
+    with pytest.raises(DataError, match="CIDEr needs at least 2 captions, not 1"):
+        captioned.cider(["pizza"], [["pizza"]])
+    pytest.importorskip("pycocoevalcap", reason="the extra eval is not installed")
+    texts = ["a red paper lantern", "red heart", "dog"]
+    for judge, said in ((captioned.cider, "the references of 2 of 3"), (captioned.bleu, "2 of 3")):
+        assert judge(texts, [[text] for text in texts]).note.startswith(said)
+        long = [f"{text} on a table" for text in texts]
+        assert judge(long, [[text] for text in long]).note == ""
 
 
 def test_a_sentence_is_nearer_one_that_means_the_same():
@@ -256,6 +269,9 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     assert status == 0
     status, out, _ = run("eval", "compare", "a", "b/results.json")
     assert status == 0 and out.count("held-out concepts/PSNR") == 2
+    one = ("--suite", "tokenizer", "names=1", "groups=[held-out concepts]", "--out", "c")
+    assert_mistake(run("eval", tiny_run, *one), "kernel_distance needs at least 2 pictures")
+    assert run("eval", tiny_run, *one, "metrics=[psnr]")[0] == 0
     protocols = [figure.protocol for figure in results.load(tmp_path / "a").figures]
     assert all({"data_sha256", "count", "seed", "resolution"} <= set(p) for p in protocols)
 
@@ -285,6 +301,7 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     assert_mistake(evaluate("metrics=[]"), "metrics is empty")
     assert_mistake(evaluate("namez=3"), "did you mean names?")
     assert_mistake(evaluate("names=1"), "kernel_distance needs at least 2 pictures")
+    assert_mistake(evaluate("names=1", "metrics=[bleu]"), "bleu needs at least 2 pictures")
     assert_mistake(evaluate(suite="emojy"), "did you mean emoji")
     (tmp_path / "kindless.yaml").write_text("names: 3\n")
     assert_mistake(evaluate(suite="kindless.yaml"), "kind is None: choose one of emoji")

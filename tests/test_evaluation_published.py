@@ -63,10 +63,14 @@ def test_captions_of_annotated_pictures(run, coco, tmp_path):
     pytest.importorskip("pycocoevalcap", reason="the extra eval is not installed")
     status, out, _ = run("caption", *COCO)
     assert status == 0 and "CIDEr" in out and "BLEU-4" in out
-    found = captions.read_annotations(tmp_path / "notes.json", tmp_path / "images")
+    found = captions.read_annotations(tmp_path / "notes.json", tmp_path / "images", 3)
     assert found[1] == (tmp_path / "images/1.png", ["picture 1 of noise"] * 2)
     (figure, _) = results.load(tmp_path / "out").figures
     assert figure.count == 3 and figure.protocol["words"] == "plain"
+    (tmp_path / "images/2.png").unlink()
+    assert run("caption", *COCO, "count=2")[0] == 0
+    assert_mistake(run("caption", *COCO, "count=3"), "2.png: no such picture")
+    assert_mistake(run("caption", *COCO, "count=1"), "needs at least 2 captions, not 1")
 
 
 def test_mistakes_in_annotations_are_one_clear_line(run, coco, tmp_path):

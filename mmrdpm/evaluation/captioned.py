@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -47,8 +48,9 @@ def cider(captions: Sequence[str], references: References, words: Words = "plain
 
     Raises:
         MissingEvaluator: the package or Java is missing.
-        DataError: there are no captions.
+        DataError: there are fewer than two captions: the idf of a single record is 0.
     """
+    check_count(len(captions), "CIDEr")
     try:
         from pycocoevalcap.cider.cider import Cider
     except ModuleNotFoundError as error:
@@ -56,7 +58,10 @@ def cider(captions: Sequence[str], references: References, words: Words = "plain
     truths, guesses = _prepare(captions, references, words)
     _, values = Cider().compute_score(truths, guesses)
     protocol = _protocol(references) | {"evaluator": "pycocoevalcap CIDEr-D", "words": words}
-    return Figure.mean("CIDEr", values.tolist(), "", protocol)
+    short = sum(all(len(text.split()) < 4 for text in texts) for texts in truths.values())
+    note = f"the references of {short} of {len(truths)} have no 4 words: at most 7.5 for them"
+    figure = Figure.mean("CIDEr", values.tolist(), "", protocol)
+    return replace(figure, note=note if short else "")
 
 
 def bleu(captions: Sequence[str], references: References, words: Words = "plain") -> Figure:
@@ -64,8 +69,9 @@ def bleu(captions: Sequence[str], references: References, words: Words = "plain"
 
     Raises:
         MissingEvaluator: the package or Java is missing.
-        DataError: there are no captions.
+        DataError: there are fewer than two captions: one has no interval.
     """
+    check_count(len(captions), "BLEU")
     try:
         from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     except ModuleNotFoundError as error:
@@ -81,7 +87,10 @@ def bleu(captions: Sequence[str], references: References, words: Words = "plain"
     count = len(captions)
     value = score(np.arange(count))
     protocol = _protocol(references) | {"evaluator": "pycocoevalcap BLEU-4", "words": words}
-    return Figure("BLEU-4", value, bootstrap(score, value, count), "", count, protocol)
+    short = sum(len(texts[0].split()) < 4 for texts in guesses.values())
+    note = f"{short} of {count} captions have fewer than 4 words, so no 4-gram to be right"
+    interval = bootstrap(score, value, count)
+    return Figure("BLEU-4", value, interval, "", count, protocol, note if short else "")
 
 
 def sentence_similarity(captions: Sequence[str], references: References) -> Figure:
@@ -104,6 +113,15 @@ def sentence_similarity(captions: Sequence[str], references: References) -> Figu
         "preprocessing": "mean pooling, unit length",
     }
     return Figure.mean("sentence similarity (all-MiniLM-L6-v2)", values, "cosine", protocol)
+
+
+def check_count(count: int, metric: str) -> None:
+    """Raises DataError where there are too few captions for CIDEr or BLEU."""
+    if count < 2:
+        raise DataError(
+            f"{metric} needs at least 2 captions, not {count}: raise the suite's count, or take"
+            " the metric out"
+        )
 
 
 @cache

@@ -27,14 +27,17 @@ class CaptionsEvaluation:
     """One suite over one model.
 
     Raises:
-        DataError: annotations or pictures are missing or damaged.
+        DataError: annotations or pictures are missing or damaged, or too few for a metric.
     """
 
     def __init__(self, model: Model, suite: CaptionsSuite, store: Store) -> None:
         self.model, self.suite, self.store = model, suite, store
-        found = read_annotations(Path(suite.annotations), Path(suite.images))[: suite.count]
+        found = read_annotations(Path(suite.annotations), Path(suite.images), suite.count)
         self.files = [path for path, _ in found]
         self.references = [texts for _, texts in found]
+        for metric in suite.metrics:
+            if metric in ("cider", "bleu"):
+                captioned.check_count(len(found), metric)
         self.of = [digest(self.references), digest([sha256_of(path) for path in self.files])]
 
     def parts(self) -> Iterator[Part]:
@@ -75,8 +78,10 @@ class CaptionsEvaluation:
         return captions
 
 
-def read_annotations(path: Path, folder: Path) -> list[tuple[Path, list[str]]]:
-    """Pictures and their captions, in the order of the file's `images`.
+def read_annotations(path: Path, folder: Path, count: int) -> list[tuple[Path, list[str]]]:
+    """The first `count` pictures and their captions, in the order of the file's `images`.
+
+    The folder need not hold those after them.
 
     Raises:
         MissingEvaluator: there is no such file.
@@ -102,7 +107,9 @@ def read_annotations(path: Path, folder: Path) -> list[tuple[Path, list[str]]]:
         ) from None
     if not pairs:
         raise DataError(f"{path}: the data set is empty: it lists no images")
-    return [(_inside(folder, name, path), _some(found, name, path)) for name, found in pairs]
+    return [
+        (_inside(folder, name, path), _some(found, name, path)) for name, found in pairs[:count]
+    ]
 
 
 def _inside(folder: Path, name: str, where: Path) -> Path:

@@ -303,7 +303,7 @@ def _group(data: EmojiData, name: str, count: int, seed: int) -> Group:
 
 def _check_counts(suite: EmojiSuite, group: Group) -> None:
     """Refuses before anything is drawn."""
-    for metric in ("kernel_distance", "frechet_distance", "retrieval"):
+    for metric in ("kernel_distance", "frechet_distance", "retrieval", "cider", "bleu"):
         if metric in suite.metrics and len(group.names) < 2:
             raise DataError(
                 f"{metric} needs at least 2 pictures, but {group.name!r} has"

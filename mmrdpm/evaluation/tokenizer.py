@@ -136,12 +136,13 @@ class TokenizerEvaluation:
         data = load_emoji(tokenizer.image_size)
         self.chosen = {name: data.images[_choose(data, name, suite)] for name in suite.groups}
         self.measured: dict[str, ImageFigures] = {}
-        for name, squares in self.chosen.items():
-            if len(squares) < 2:
-                raise DataError(
-                    f"distances need at least 2 pictures, but {name!r} has {len(squares)}: raise"
-                    " names, or leave the group out"
-                )
+        for metric in ("kernel_distance", "frechet_distance"):
+            for name, squares in self.chosen.items():
+                if metric in suite.metrics and len(squares) < 2:
+                    raise DataError(
+                        f"{metric} needs at least 2 pictures, but {name!r} has {len(squares)}:"
+                        f" raise names, or take {metric} out of metrics"
+                    )
 
     def parts(self) -> Iterator[Part]:
         """Everything to compute, in order."""
