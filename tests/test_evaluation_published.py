@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmrdpm.api import Model
 from mmrdpm.cli import main
 from mmrdpm.evaluation import captions, published, results
 from mmrdpm.evaluation.compare import differences
@@ -165,12 +166,13 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     assert status == 1 and "5.png: the picture could not be read" in err
     assert not (tmp_path / "out/pictures").exists()
     (tmp_path / "real/5.png").write_bytes(whole)
-    status, _, err = run("imagenet256", *small, "samples=11")
+    status, _, err = run("imagenet256", *small, "samples=11", "guidance_scale=1.5")
     assert status == 0, err
     found = {f.name.split("/")[-1]: f for f in results.load(tmp_path / "out").figures}
     assert set(found) == {"FID", "Inception score", "precision", "recall"}
     assert found["FID"].value > 0 and found["FID"].count == 11
     assert found["FID"].protocol["reference"] == 12
+    assert found["FID"].protocol["guidance_scale"] == 1.5
     assert len(list(Path("out/pictures").rglob("*.png"))) == 11
     few = (*small, "samples=3", "metrics=[fid, precision_recall]")
     assert_mistake(run("imagenet256", *few), "at least 4 pictures", "not 3 samples")
@@ -219,16 +221,29 @@ def test_clip_score_of_prompts(run, clip, tmp_path):
     assert_mistake(run("t2i", "prompts=p.txt", f"clip={clip}"), "no CLIP model", "put config.json")
 
 
-def test_another_preprocessing_or_tokeniser_of_clip_is_another_protocol(run, clip, tmp_path):
+def test_another_guidance_preprocessing_or_tokeniser_is_another_protocol(
+    run, clip, tmp_path, monkeypatch
+):
     """The weights stay, yet no old figure is taken for the new one."""
     (tmp_path / "p.txt").write_text("red heart\npizza\n")
 
-    def evaluate():
-        status, _, err = run("t2i", "prompts=p.txt", f"clip={clip}")
+    def evaluate(*overrides):
+        status, _, err = run("t2i", "prompts=p.txt", f"clip={clip}", *overrides)
         assert status == 0, err
         return results.load(tmp_path / "out").figures[0]
 
+    generate, scales = Model.generate, []
+
+    def seen(self, *prompts, guidance_scale):
+        scales.append(guidance_scale)
+        return generate(self, *prompts, guidance_scale=guidance_scale)
+
+    monkeypatch.setattr(Model, "generate", seen)
     first = evaluate()
+    guided = evaluate("guidance_scale=0")
+    assert scales == [3.0, 0.0]  # the model's own is 3
+    assert differences(first.protocol, guided.protocol) == ["guidance_scale (3.0, 0.0)"]
+    assert_mistake(run("t2i", "prompts=p.txt", "guidance_scale=-1"), "at least 0.0")
     processor, tokenizer = clip / "preprocessor_config.json", clip / "tokenizer_config.json"
     processor.write_text(processor.read_text().replace("0.48145466", "0.1"))
     second = evaluate()

@@ -204,7 +204,7 @@ class EmojiEvaluation:
 
     def draw(self, group: Group, offset: int = 0, scale: float | None = None) -> list[Image.Image]:
         """A picture of each name, from the seeds that follow from `suite.seed + offset`."""
-        how = replace(self.model.sampling, guidance_scale=self._scale(scale))
+        how = self.model.sampling.at(scale)
 
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
             return self.model.generate(prompts, seeds, guidance_scale=how.guidance_scale)
@@ -269,14 +269,11 @@ class EmojiEvaluation:
             del suite[key]
         return {**suite, "sampling": asdict(self.model.sampling)}
 
-    def _scale(self, scale: float | None) -> float:
-        return self.model.sampling.guidance_scale if scale is None else scale
-
     def _figure(
         self, what: str, group: Group, figure: Figure, scale: float | None = None
     ) -> Figure:
         """The figure with its full name, and with the data and the sampling in its protocol."""
-        sampling = asdict(replace(self.model.sampling, guidance_scale=self._scale(scale)))
+        sampling = asdict(self.model.sampling.at(scale))
         noise = {"seed": self.suite.seed, "noise": OWN_NOISE}
         added = {
             "drawn": {**sampling, **noise},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class PromptsEvaluation:
 
     def __init__(self, model: Model, suite: PromptsSuite, store: Store) -> None:
         self.model, self.suite, self.store = model, suite, store
+        self.how = model.sampling.at(suite.guidance_scale)
         self.prompts = read_lines(Path(suite.prompts))
         self.clip = Clip(suite.clip)
 
@@ -63,9 +64,8 @@ class PromptsEvaluation:
     @cached_property
     def _drawn(self) -> list[list[Image.Image]]:
         """By seed the pictures of all prompts."""
-
-        draw = self.model.generate
-        title, how = f"drawing {len(self.prompts)} prompts", asdict(self.model.sampling)
+        draw = partial(self.model.generate, guidance_scale=self.how.guidance_scale)
+        title, how = f"drawing {len(self.prompts)} prompts", asdict(self.how)
         seeds = range(self.suite.seed, self.suite.seed + self.suite.seeds)
         return [self.store.pictures(title, self.prompts, seed, how, draw) for seed in seeds]
 
@@ -73,7 +73,7 @@ class PromptsEvaluation:
     def _protocol(self) -> dict:
         return {
             **self.clip.protocol,
-            **asdict(self.model.sampling),
+            **asdict(self.how),
             "seed": self.suite.seed,
             "seeds": self.suite.seeds,
             "noise": OWN_NOISE,

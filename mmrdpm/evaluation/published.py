@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -55,6 +55,7 @@ class ImagenetEvaluation:
 
     def __init__(self, model: Model, suite: ImagenetSuite, store: Store) -> None:
         self.model, self.suite, self.store = model, suite, store
+        self.how = model.sampling.at(suite.guidance_scale)
         size = model.images.image_size
         if size != suite.resolution:
             raise DataError(
@@ -131,12 +132,12 @@ class ImagenetEvaluation:
     def _files(self) -> list[Path]:
         """Drawn pictures; the seeds of round r of the prompts follow from `seed + r`."""
         files: list[Path] = []
+        draw = partial(self.model.generate, guidance_scale=self.how.guidance_scale)
         while missing := self.suite.samples - len(files):
             seed = self.suite.seed + len(files) // len(self.prompts)
             prompts = self.prompts[:missing]
             title = f"drawing {len(files) + len(prompts)} of {self.suite.samples}"
-            sampling = asdict(self.model.sampling)
-            files += self.store.draw(title, prompts, seed, sampling, self.model.generate)
+            files += self.store.draw(title, prompts, seed, asdict(self.how), draw)
         return files
 
     @property
@@ -165,7 +166,7 @@ class ImagenetEvaluation:
     def _protocol(self) -> dict:
         return {
             **self.inception.protocol,
-            **asdict(self.model.sampling),
+            **asdict(self.how),
             "seed": self.suite.seed,
             "noise": OWN_NOISE,
             "count": self.suite.samples,

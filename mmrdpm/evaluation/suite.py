@@ -105,6 +105,7 @@ class ImagenetSuite:
         reference: a folder of real pictures, PNG or JPEG, of `resolution` pixels a side.
         inception: weights that torch-fidelity publishes (`weights-inception-2015-12-05...pth`).
         samples: pictures to draw; the papers draw 50,000.
+        guidance_scale: of all drawing; null is the model's own.
     """
 
     KNOWN: ClassVar[tuple[str, ...]] = ("fid", "inception_score", "precision_recall")
@@ -116,6 +117,7 @@ class ImagenetSuite:
     resolution: int = field(default=256, metadata={"min": 8})
     samples: int = field(default=50_000, metadata={"min": 2})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
+    guidance_scale: float | None = field(default=None, metadata={"min": 0.0, "max": MOST_GUIDANCE})
     kind: Literal["imagenet"] = "imagenet"
 
 
@@ -127,6 +129,7 @@ class PromptsSuite:
         prompts: a text file, a prompt a line.
         clip: a folder or hub id of a CLIP model in the format of `transformers`.
         seeds: pictures per prompt, from `seed` on.
+        guidance_scale: of all drawing; null is the model's own.
     """
 
     KNOWN: ClassVar[tuple[str, ...]] = ("clip_score",)
@@ -136,6 +139,7 @@ class PromptsSuite:
     metrics: tuple[str, ...] = KNOWN
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     seeds: int = field(default=1, metadata={"min": 1})
+    guidance_scale: float | None = field(default=None, metadata={"min": 0.0, "max": MOST_GUIDANCE})
     kind: Literal["prompts"] = "prompts"
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -65,6 +65,10 @@ class Guided(Choice):
             raise UsageError(
                 f"guidance scale {self.guidance_scale}: it must be from 0 to {MOST_GUIDANCE:g}"
             )
+
+    def at(self, scale: float | None) -> Guided:
+        """The same at another guidance scale; None leaves it."""
+        return self if scale is None else replace(self, guidance_scale=scale)
 
 
 def guidance_at(how: Guided, timestep: int, num_timesteps: int) -> float:
