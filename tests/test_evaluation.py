@@ -259,6 +259,8 @@ def test_a_metric_that_cannot_be_computed_is_named_with_its_reason(run, tiny_run
     only = "metrics=[sentence_similarity]"
     status, out, err = run("eval", tiny_run, *SMALL, only, "--out", "out")
     assert status == 1 and out == "" and err.endswith("this metric needs the package x\n")
+    alone = run("eval", tiny_run, *SMALL, "metrics=[tone]", "groups=[held-out concepts]")
+    assert alone[0] == 1 and "error: tone: it is about the group 'held-out skin" in alone[2]
 
 
 def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_tokenizers, tmp_path):
@@ -299,6 +301,9 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     assert_mistake(evaluate("metrics=[kernel_distanse]"), "did you mean kernel_distance?")
     assert_mistake(evaluate("groups=[nobody]"), "unknown 'nobody'", "held-out concepts")
     assert_mistake(evaluate("metrics=[]"), "metrics is empty")
+    assert_mistake(evaluate("metrics=[named, tone, named]"), "metrics: 'named' comes twice")
+    twice = "groups=[held-out concepts, held-out concepts]"
+    assert_mistake(evaluate(twice), "groups: 'held-out concepts' comes twice")
     assert_mistake(evaluate("namez=3"), "did you mean names?")
     assert_mistake(evaluate("names=1"), "kernel_distance needs at least 2 pictures")
     assert_mistake(evaluate("names=1", "metrics=[bleu]"), "bleu needs at least 2 pictures")
@@ -312,6 +317,9 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     bits = "metrics=[bits_per_byte]"
     assert_mistake(evaluate(bits, "texts=empty.txt"), "empty.txt: holds no text")
     assert_mistake(evaluate(bits, "texts=none.txt"), "none.txt: cannot be read")
+    (tmp_path / "long.txt").write_text("no end " * 500)
+    assert_mistake(evaluate("names=3", "texts=long.txt"), "more than the model's context")
+    assert not (tmp_path / "out").exists()
     assert_mistake(run("eval", "compare", "out"), "two results, not 1")
     assert_mistake(run("eval", "compare", "x", "y"), "x: no such file")
     (tmp_path / "list.json").write_text("[1]")

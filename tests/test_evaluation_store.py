@@ -84,10 +84,12 @@ def test_what_a_stopped_evaluation_did_not_reach_is_said(evaluate, tiny_run, mon
     def stopped(*_):
         raise KeyboardInterrupt
 
+    assert evaluate(tiny_run, "metrics=[named]") == 0 and Path("out/report.html").is_file()
     monkeypatch.setattr(likelihood, "loss_per_timestep", stopped)
     assert evaluate(tiny_run, "metrics=[named, loss_per_timestep]") == 130
     (left,) = json.loads(Path("out/results.json").read_text())["not_computed"]
     assert left == {"part": "loss_per_timestep, training concepts", "why": "stopped before it"}
+    assert not Path("out/report.html").exists()  # it showed other results
 
 
 @pytest.mark.parametrize(

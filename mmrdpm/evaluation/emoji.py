@@ -74,7 +74,8 @@ class EmojiEvaluation:
     """One suite over one model.
 
     Raises:
-        DataError: a group is empty or smaller than a metric needs.
+        DataError: a group is empty or smaller than a metric needs, or a text is longer than the
+            model's context; before anything is drawn.
     """
 
     def __init__(self, model: Model, suite: EmojiSuite, store: Store) -> None:
@@ -83,6 +84,8 @@ class EmojiEvaluation:
         self.groups = [_group(data, name, suite.names, suite.seed) for name in suite.groups]
         for group in self.groups:
             _check_counts(suite, group)
+        if "bits_per_byte" in suite.metrics:
+            likelihood.text_documents(model, self._texts)  # refuses what is too long
 
     def parts(self) -> Iterator[Part]:
         """Everything to compute, in order."""
@@ -96,7 +99,7 @@ class EmojiEvaluation:
             elif metric in once:
                 name, make = once[metric]
                 found = [group for group in self.groups if group.name == name]
-                why = f"it is about the group {name!r}, which the suite does not have"
+                why = f"it is about the group {name!r}: add it to groups"
                 yield self._part(metric, found[0], make) if found else Part.left_out(metric, why)
             else:
                 make = getattr(self, metric)

@@ -72,16 +72,7 @@ def bits_per_byte(model: Model, texts: Sequence[str], data: str) -> Figure:
     Raises:
         DataError: there are no texts, or one is longer than the model's context.
     """
-    _need(len(texts), "bits per byte")
-    vocabulary = model.vocabulary
-    ids = [(vocabulary.bos, *model.texts.encode(text), vocabulary.eos) for text in texts]
-    for text, tokens in zip(texts, ids, strict=True):
-        if len(tokens) > model.context:
-            raise DataError(
-                f"text {text[:30]!r} takes {len(tokens)} tokens, more than the model's context of"
-                f" {model.context}: shorten it"
-            )
-    documents: list[Document] = [[TextSegment(tokens)] for tokens in ids]
+    documents = text_documents(model, texts)
     bits = np.array([row.sum().item() for row in _per_document(model, documents)]) / math.log(2)
     size = np.array([len(text.encode()) for text in texts])
 
@@ -92,6 +83,25 @@ def bits_per_byte(model: Model, texts: Sequence[str], data: str) -> Figure:
     protocol = {"data": data, "data_sha256": digest(list(texts)), "count": len(texts)}
     interval = bootstrap(ratio, value, len(texts))
     return Figure("bits per byte", value, interval, "bits/byte", len(texts), protocol)
+
+
+def text_documents(model: Model, texts: Sequence[str]) -> list[Document]:
+    """A document of each text alone, between its begin and end.
+
+    Raises:
+        DataError: there are no texts, or one is longer than the model's context.
+    """
+    _need(len(texts), "bits per byte")
+    documents: list[Document] = []
+    for text in texts:
+        tokens = (model.vocabulary.bos, *model.texts.encode(text), model.vocabulary.eos)
+        if len(tokens) > model.context:
+            raise DataError(
+                f"text {text[:30]!r} takes {len(tokens)} tokens, more than the model's context of"
+                f" {model.context}: shorten it"
+            )
+        documents.append([TextSegment(tokens)])
+    return documents
 
 
 def loss_per_timestep(

@@ -70,8 +70,9 @@ def evaluate(
             results.figures.extend(store.figures(part.name, part.of, part.make))
         except MissingEvaluator as error:
             results.not_computed.append(NotComputed(part.name, str(error)))
-            missing = missing or error
+            missing = missing or MissingEvaluator(f"{part.name}: {error}")
         left = [NotComputed(later.name, "stopped before it") for later in parts[number:]]
+        (out / REPORT_FILE).unlink(missing_ok=True)  # it shows the results before these
         replace(results, not_computed=[*results.not_computed, *left]).save(out)
     if missing and not results.figures:
         raise missing

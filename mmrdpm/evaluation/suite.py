@@ -181,7 +181,7 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Suite:
 
     Raises:
         MmrdpmError: there is no such suite.
-        RecipeError: a key, a kind, a metric or a group is unknown.
+        RecipeError: a key, a kind, a metric or a group is unknown, or one is named twice.
     """
     path = shipped.resolve("eval", name)
     mapping = recipe.read(path, overrides)
@@ -200,7 +200,9 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Suite:
 def _known(names: Sequence[str], known: Sequence[str], where: str) -> None:
     if not names:
         raise RecipeError(f"{where} is empty: name some of {', '.join(known)}")
-    for name in names:
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise RecipeError(f"{where}: {name!r} comes twice: name it once")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
