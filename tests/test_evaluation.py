@@ -343,10 +343,22 @@ def test_only_figures_of_one_protocol_stand_side_by_side():
     assert lines[1].startswith("d/g/m  1 [0, 2]") and lines[1].endswith("intervals apart")
     assert "only B has d/g/other" in lines and "A did not compute p: no x" in lines
     other = figure("d/g/m", 5, seed=1, top=3)
-    with pytest.raises(UsageError, match=r"count \(9, None\); seed \(0, 1\); top \(None, 3\)"):
-        compare(made(a), made(other))
+    keys = r"d/g/m: count \(9, None\); seed \(0, 1\); top \(None, 3\): evaluate both"
+    with pytest.raises(UsageError, match=keys):
+        list(compare(made(a), made(other)))
     with pytest.raises(UsageError, match="no figure in common"):
-        compare(made(a), made(figure("d/g/x", 1)))
+        list(compare(made(a), made(figure("d/g/x", 1))))
+
+
+def test_figures_of_other_protocols_are_refused_after_those_on_equal_terms(run, tmp_path):
+    names = ("d/g/m", "d/g/k", "d/g/l")
+    for out, seed in (("a", 0), ("b", 1)):
+        figures = [figure(n, 1, seed=0 if n == "d/g/m" else seed) for n in names]
+        made(*figures).save(tmp_path / out)
+    status, out, err = run("eval", "compare", "a", "b")
+    assert status == 1 and "d/g/m  1 [0, 2]" in out
+    assert "d/g/k" not in out and "d/g/l" not in out
+    assert err.count("\n") == 1 and "not comparable: d/g/k, d/g/l: seed (0, 1)" in err
 
 
 def test_curves_are_gathered_by_group_and_texts_are_escaped(tmp_path):
