@@ -214,7 +214,10 @@ def test_a_suite_leaves_results_and_a_page_and_goes_on_where_it_was(run, tiny_ru
     assert json.loads(Path("out/results.json").read_text()) == first
     for figure in first["figures"]:
         low, high = figure["interval"]
-        assert low <= figure["value"] <= high and figure["count"] > 0 and figure["protocol"]
+        assert low <= figure["value"] <= high and figure["count"] > 0
+        assert {"evaluator", "count"} <= set(figure["protocol"]), figure["name"]
+        if figure["name"].startswith("captioned"):
+            assert figure["protocol"]["codes_seed"] == 0
         if figure["name"].startswith(("drawn", "guidance")):
             assert {"guidance_scale", "temperature", "seed", "data_sha256"} <= set(
                 figure["protocol"]
@@ -275,7 +278,8 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     assert_mistake(run("eval", tiny_run, *one), "kernel_distance needs at least 2 pictures")
     assert run("eval", tiny_run, *one, "metrics=[psnr]")[0] == 0
     protocols = [figure.protocol for figure in results.load(tmp_path / "a").figures]
-    assert all({"data_sha256", "count", "seed", "resolution"} <= set(p) for p in protocols)
+    keys = {"evaluator", "data_sha256", "count", "seed", "resolution"}
+    assert all(keys <= set(p) for p in protocols)
 
 
 def test_the_latent_error_of_the_last_step_is_that_of_the_codes(tiny_tokenizers):

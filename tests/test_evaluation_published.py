@@ -68,6 +68,7 @@ def test_captions_of_annotated_pictures(run, coco, tmp_path):
     assert found[1] == (tmp_path / "images/1.png", ["picture 1 of noise"] * 2)
     (figure, _) = results.load(tmp_path / "out").figures
     assert figure.count == 3 and figure.protocol["words"] == "plain"
+    assert figure.protocol["evaluator_version"] and figure.protocol["codes_seed"] == 0
     (tmp_path / "images/2.png").unlink()
     assert run("caption", *COCO, "count=2")[0] == 0
     assert_mistake(run("caption", *COCO, "count=3"), "2.png: no such picture")
@@ -173,12 +174,22 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     assert found["FID"].value > 0 and found["FID"].count == 11
     assert found["FID"].protocol["reference"] == 12
     assert found["FID"].protocol["guidance_scale"] == 1.5
+    assert all(f.protocol["evaluator_version"] for f in found.values())
+    assert found["precision"].protocol["neighbours"] == 3
+    score = found["Inception score"].protocol
+    assert score["splits"] == 10 and not {"reference", "reference_sha256"} & set(score)
+    alone = ("metrics=[inception_score]", "guidance_scale=1.5", "reference=nowhere")
+    assert run("imagenet256", *small, "samples=11", *alone)[0] == 0
+    assert results.load(tmp_path / "out").figures == [found["Inception score"]]
     assert len(list(Path("out/pictures").rglob("*.png"))) == 11
     few = (*small, "samples=3", "metrics=[fid, precision_recall]")
     assert_mistake(run("imagenet256", *few), "at least 4 pictures", "not 3 samples")
     assert_mistake(run("imagenet256", *small, "samples=9"), "at least 10 pictures")
     torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pth")
     assert_mistake(run("imagenet256", *small), "not Inception weights")
+    for number in range(3, 12):
+        (tmp_path / f"real/{number}.png").unlink()
+    assert_mistake(run("imagenet256", *small, "samples=11"), "at least 4", "real holds 3")
 
 
 @pytest.fixture

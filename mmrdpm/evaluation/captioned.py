@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ _MINILM = (  # besides the weights, what an embedding follows from
 
 def share(name: str, hits: Sequence[bool], references: References) -> Figure:
     """The share of captions that are right."""
-    return Figure.share(name, hits, _protocol(references))
+    return Figure.share(name, hits, _protocol(references) | {"evaluator": "equality of texts"})
 
 
 def cider(captions: Sequence[str], references: References, words: Words = "plain") -> Figure:
@@ -57,7 +58,7 @@ def cider(captions: Sequence[str], references: References, words: Words = "plain
         raise _missing(error) from None
     truths, guesses = _prepare(captions, references, words)
     _, values = Cider().compute_score(truths, guesses)
-    protocol = _protocol(references) | {"evaluator": "pycocoevalcap CIDEr-D", "words": words}
+    protocol = _protocol(references) | _coco("CIDEr-D", words)
     short = sum(all(len(text.split()) < 4 for text in texts) for texts in truths.values())
     note = f"the references of {short} of {len(truths)} have no 4 words: at most 7.5 for them"
     figure = Figure.mean("CIDEr", values.tolist(), "", protocol)
@@ -86,7 +87,7 @@ def bleu(captions: Sequence[str], references: References, words: Words = "plain"
 
     count = len(captions)
     value = score(np.arange(count))
-    protocol = _protocol(references) | {"evaluator": "pycocoevalcap BLEU-4", "words": words}
+    protocol = _protocol(references) | _coco("BLEU-4", words)
     short = sum(len(texts[0].split()) < 4 for texts in guesses.values())
     note = f"{short} of {count} captions have fewer than 4 words, so no 4-gram to be right"
     interval = bootstrap(score, value, count)
@@ -195,6 +196,14 @@ def _protocol(references: References) -> dict[str, object]:
         "count": len(references),
         "references_sha256": digest([list(texts) for texts in references]),
         "decoding": "greedy",
+    }
+
+
+def _coco(metric: str, words: Words) -> dict[str, object]:
+    return {
+        "evaluator": f"pycocoevalcap {metric}",
+        "evaluator_version": version("pycocoevalcap"),
+        "words": words,
     }
 
 

@@ -53,7 +53,11 @@ class CaptionsEvaluation:
 
             def make(metric: str = metric) -> Sequence[Figure]:
                 figure = makes[metric]()
-                added = {"pictures_sha256": self.of[1], "resolution": self.model.images.image_size}
+                added = {
+                    "pictures_sha256": self.of[1],
+                    "resolution": self.model.images.image_size,
+                    "codes_seed": 0,  # that of `Model.caption`
+                }
                 name = f"captioned/{Path(self.suite.annotations).stem}/{figure.name}"
                 return [replace(figure, name=name, protocol={**figure.protocol, **added})]
 

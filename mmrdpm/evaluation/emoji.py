@@ -124,7 +124,8 @@ class EmojiEvaluation:
             variants = [i for i, c in enumerate(data.concepts) if c == data.concepts[index]]
             gallery = features([Image.fromarray(data.images[i]) for i in variants])
             hits.append(ranks(features([picture]), gallery, [variants.index(index)]) == [1])
-        figure = Figure.share("named skin tone is the nearest", hits, features.protocol)
+        protocol = {**features.protocol, "count": len(hits)}
+        figure = Figure.share("named skin tone is the nearest", hits, protocol)
         return [self._figure("drawn", group, figure)]
 
     def kernel_distance(self, group: Group) -> list[Figure]:
@@ -283,6 +284,7 @@ class EmojiEvaluation:
             "guidance": {**sampling, **noise},
             "through codes": noise,
             "codes": noise,
+            "captioned": {"codes_seed": 0},  # that of `Model.caption`
         }.get(what, {})
         protocol = {**group.protocol, **added, **figure.protocol}
         return replace(figure, name=f"{what}/{group.name}/{figure.name}", protocol=protocol)

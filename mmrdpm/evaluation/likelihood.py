@@ -80,7 +80,12 @@ def bits_per_byte(model: Model, texts: Sequence[str], data: str) -> Figure:
         return float(bits[chosen].sum() / size[chosen].sum())
 
     value = ratio(np.arange(len(texts)))
-    protocol = {"data": data, "data_sha256": digest(list(texts)), "count": len(texts)}
+    protocol = {
+        "evaluator": "log p(text) of the model itself",
+        "data": data,
+        "data_sha256": digest(list(texts)),
+        "count": len(texts),
+    }
     interval = bootstrap(ratio, value, len(texts))
     return Figure("bits per byte", value, interval, "bits/byte", len(texts), protocol)
 
@@ -130,6 +135,7 @@ def loss_per_timestep(
         [row[-len(steps) * positions :] for row in _per_document(model, documents)]
     ).reshape(len(pictures), len(steps), positions)
     protocol = {
+        "evaluator": "cross-entropy of the model itself",
         "data_sha256": digest_of_pictures(pictures, texts),
         "count": len(pictures),
         "seed": seed,

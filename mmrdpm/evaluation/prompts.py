@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -112,6 +113,7 @@ class Clip:
             ) from None
         self.protocol = {
             "evaluator": "CLIPScore, 2.5 max(cos, 0)",
+            "evaluator_version": version("transformers"),
             "evaluator_sha256": sha256_of(folder / "model.safetensors"),
             "config_sha256": digest_of_files(folder, ["config.json"]),  # names the activation
             "preprocessing": f"the processor's; texts behind {_PREFIX!r}",

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -38,6 +39,7 @@ _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _BATCH = 64  # pictures through Inception at once
 _SPLITS = 10  # of the Inception score
 _NEIGHBOURS = 3  # of precision and recall
+_LEAST = {"fid": 2, "inception_score": _SPLITS, "precision_recall": _NEIGHBOURS + 1}  # pictures
 _SHOWN, _COLUMNS = 32, 8
 
 Features = tuple[Tensor, Tensor]
@@ -64,17 +66,13 @@ class ImagenetEvaluation:
                 " size, or use another model"
             )
         self.prompts = read_lines(Path(suite.prompts))
-        self.reference = pictures_in(Path(suite.reference))
-        least = {"inception_score": _SPLITS, "precision_recall": _NEIGHBOURS + 1}
-        needed = max(least.get(metric, 2) for metric in suite.metrics)
-        if min(suite.samples, len(self.reference)) < needed:
+        needed = max(_LEAST[metric] for metric in suite.metrics)
+        if suite.samples < needed:
             raise DataError(
-                f"{', '.join(suite.metrics)} need at least {needed} pictures on each side, not"
-                f" {suite.samples} samples and {len(self.reference)} real ones: raise samples, or"
-                " add to the reference"
+                f"{', '.join(suite.metrics)} need at least {needed} pictures, not"
+                f" {suite.samples} samples: raise samples"
             )
-        for path in self.reference:
-            _check_size(path, stored_size(path), suite.resolution)
+        self.reference = self._checked_reference()
         self.inception = Inception(Path(suite.inception), model.transformer.table.weight.device)
 
     def parts(self) -> Iterator[Part]:
@@ -85,7 +83,7 @@ class ImagenetEvaluation:
             "precision_recall": self.precision_recall,
         }
         for metric in self.suite.metrics:
-            yield Part(metric, self._protocol, makes[metric])
+            yield Part(metric, self._protocol(metric), makes[metric])
 
     def fid(self) -> list[Figure]:
         """Heusel et al. 2017 (arXiv 1706.08500); its interval is over the drawn samples."""
@@ -97,7 +95,7 @@ class ImagenetEvaluation:
         fid = value[metric_fid.KEY_METRIC_FID]
         few = min(len(drawn), len(real)) <= drawn.shape[1]
         note = f"biased upwards: fewer samples than the {drawn.shape[1]} features" if few else ""
-        return [self._figure("FID", fid, frechet_interval(drawn, real, fid), note)]
+        return [self._figure("fid", "FID", fid, frechet_interval(drawn, real, fid), note)]
 
     def inception_score(self) -> list[Figure]:
         """Salimans et al. 2016 (arXiv 1606.03498): the mean of 10 splits, and its interval."""
@@ -106,7 +104,8 @@ class ImagenetEvaluation:
         found = metric_isc.isc_features_to_metric(self._drawn[1], _SPLITS)
         mean = found[metric_isc.KEY_METRIC_ISC_MEAN]
         half = 1.959964 * found[metric_isc.KEY_METRIC_ISC_STD] / _SPLITS**0.5
-        return [self._figure("Inception score", mean, (mean - half, mean + half))]
+        interval = (max(1.0, mean - half), mean + half)
+        return [self._figure("inception_score", "Inception score", mean, interval)]
 
     def precision_recall(self) -> list[Figure]:
         """Kynkäänniemi et al. 2019 (arXiv 1904.06991), 3 neighbours, on Inception features."""
@@ -118,7 +117,12 @@ class ImagenetEvaluation:
         )
         both = (("precision", len(drawn)), ("recall", len(real)))
         return [
-            self._figure(name, found[name], Proportion(round(found[name] * n), n).interval)
+            self._figure(
+                "precision_recall",
+                name,
+                found[name],
+                Proportion(round(found[name] * n), n).interval,
+            )
             for name, n in both
         ]
 
@@ -162,8 +166,30 @@ class ImagenetEvaluation:
         ]
         return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
 
+    def _checked_reference(self) -> list[Path]:
+        """The real pictures; none where no metric looks at them."""
+        compared = [metric for metric in self.suite.metrics if metric != "inception_score"]
+        if not compared:
+            return []
+        files = pictures_in(Path(self.suite.reference))
+        needed = max(_LEAST[metric] for metric in compared)
+        if len(files) < needed:
+            raise DataError(
+                f"{', '.join(compared)} need at least {needed} pictures on each side, but"
+                f" {self.suite.reference} holds {len(files)}: add to the reference"
+            )
+        for path in files:
+            _check_size(path, stored_size(path), self.suite.resolution)
+        return files
+
+    def _protocol(self, metric: str) -> dict:
+        if metric == "inception_score":
+            return {**self._drawing, "splits": _SPLITS}
+        neighbours = {"neighbours": _NEIGHBOURS} if metric == "precision_recall" else {}
+        return {**self._drawing, **self._compared, **neighbours}
+
     @cached_property
-    def _protocol(self) -> dict:
+    def _drawing(self) -> dict:
         return {
             **self.inception.protocol,
             **asdict(self.how),
@@ -172,15 +198,20 @@ class ImagenetEvaluation:
             "count": self.suite.samples,
             "resolution": self.suite.resolution,
             "prompts_sha256": digest(self.prompts),
+        }
+
+    @cached_property
+    def _compared(self) -> dict:
+        return {
             "reference": len(self.reference),
             "reference_sha256": digest([sha256_of(path) for path in self.reference]),
         }
 
     def _figure(
-        self, name: str, value: float, interval: tuple[float, float], note: str = ""
+        self, metric: str, name: str, value: float, interval: tuple[float, float], note: str = ""
     ) -> Figure:
         full, count = f"drawn/imagenet/{name}", self.suite.samples
-        return Figure(full, float(value), interval, "", count, self._protocol, note)
+        return Figure(full, float(value), interval, "", count, self._protocol(metric), note)
 
 
 class Inception:
@@ -218,6 +249,7 @@ class Inception:
         self.network.to(device)
         self.protocol = {
             "evaluator": "torch-fidelity inception-v3-compat",
+            "evaluator_version": version("torch-fidelity"),
             "evaluator_sha256": sha256_of(weights),
             "preprocessing": "uint8 RGB, bilinear as in TensorFlow 1 to 299x299",
         }

@@ -6,7 +6,8 @@
     OUT/report.html         all of it to look at
 
 A key covers the model's files, the data, all settings and the versions of evaluators, so that old
-figures are not taken for new ones; of this package's own code it knows `_FORMAT` alone.
+figures are not taken for new ones; of this package's own code it knows `_FORMAT` and `_FIGURES`
+alone.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mmrdpm.evaluation.figure import Figure, digest
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _FORMAT = 2  # raised when the same key would come to mean another content
+_FIGURES = 1  # raised when the same figure would come to carry another protocol or interval
 _CHUNK = 128  # pictures drawn between two writes
 
 _JUDGES = (  # packages that figures follow from
@@ -70,7 +72,7 @@ class Store:
         Args:
             of: all that they follow from, besides the model and the evaluators' versions.
         """
-        of = [of, _versions()]
+        of = [of, _versions(), _FIGURES]
         kept = self.kept(part, of, lambda: [figure.to_dict() for figure in make()])
         try:
             return [Figure.from_dict(figure) for figure in kept]

@@ -99,7 +99,12 @@ def codebook_use(found: ImageFigures) -> list[Figure]:
             return perplexity(codes[chosen], size) / size
 
         interval = bootstrap(use, value, len(codes))
-        protocol = {"t": t, "codebook_size": size}
+        protocol = {
+            "evaluator": "perplexity of the codes over their number",
+            "count": len(codes),
+            "t": t,
+            "codebook_size": size,
+        }
         name = f"codebook use at timestep {t}"
         figures.append(Figure(name, value, interval, "of codebook", len(codes), protocol))
     return figures
@@ -157,11 +162,13 @@ class TokenizerEvaluation:
 
     def psnr(self, group: str) -> list[Figure]:
         values = self._measure(group).psnr
-        return [Figure.mean(f"PSNR, {w}", v.tolist(), "dB", {}) for w, v in values.items()]
+        how = {"evaluator": "PSNR, the mean over pictures"}
+        return [Figure.mean(f"PSNR, {w}", v.tolist(), "dB", how) for w, v in values.items()]
 
     def ssim(self, group: str) -> list[Figure]:
         values = self._measure(group).ssim
-        return [Figure.mean(f"SSIM, {w}", v.tolist(), "", {}) for w, v in values.items()]
+        how = {"evaluator": "SSIM, window of 11 pixels"}
+        return [Figure.mean(f"SSIM, {w}", v.tolist(), "", how) for w, v in values.items()]
 
     def kernel_distance(self, group: str) -> list[Figure]:
         return self._distances(group, drawn.kid)
@@ -175,8 +182,9 @@ class TokenizerEvaluation:
     def latent_error(self, group: str) -> list[Figure]:
         errors = self._measure(group).latent_error
         steps = range(self.tokenizer.num_timesteps, 0, -1)
+        how = {"evaluator": "mean squared distance from the trajectory"}
         return [
-            Figure.mean(f"latent error at timestep {t}", e.tolist(), "of variance", {"t": t})
+            Figure.mean(f"latent error at timestep {t}", e.tolist(), "of variance", {**how, "t": t})
             for t, e in zip(steps, errors, strict=True)
         ]
 
