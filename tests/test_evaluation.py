@@ -130,6 +130,9 @@ def test_captions_are_judged_by_the_coco_code():
     assert captioned.cider(right, references).value == pytest.approx(10)
     assert captioned.bleu(right, references).value == pytest.approx(1, abs=1e-6)
     assert captioned.cider(wrong, references).value < 1
+    for judge, most in ((captioned.cider, 10), (captioned.bleu, 1)):
+        low, high = judge([right[0], *wrong[1:]], references).interval
+        assert low == 0 and high <= most
     with pytest.raises(DataError, match="2 captions for 3 records"):
         captioned.bleu(right[:2], references)
 

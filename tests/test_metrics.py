@@ -11,7 +11,7 @@ from mmrdpm.errors import DataError
 from mmrdpm.evaluation.emoji import choose
 from mmrdpm.metrics.distance import frechet_distance, kernel_distance, kernel_interval
 from mmrdpm.metrics.features import EfficientNetLite0, kept, ranks
-from mmrdpm.metrics.interval import mean_interval
+from mmrdpm.metrics.interval import bootstrap, mean_interval
 from mmrdpm.metrics.proportion import Proportion
 from mmrdpm.metrics.reconstruction import psnr, ssim
 
@@ -130,6 +130,16 @@ def test_the_bootstrap_agrees_with_the_standard_error_of_a_mean():
     assert mean == pytest.approx(values.mean())
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.15)
     assert mean_interval(values.tolist()) == (mean, (low, high))
+
+
+def test_an_interval_ends_where_the_statistic_does():
+    shares = [0.0, 1.0, 1.0, 1.0]
+    _, (low, high) = mean_interval(shares)
+    assert high > 1  # what limits are for
+    assert mean_interval(shares, limits=(0.0, 1.0))[1] == (low, 1.0)
+    rounded = 1 + 1e-9
+    low, high = bootstrap(lambda _: 1.0, rounded, 4, limits=(0.0, 1.0))
+    assert low <= rounded <= high
 
 
 def test_kept_features_are_read_again_only_for_the_same_pictures(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import numpy as np
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation.figure import Figure, digest, digest_of_files
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
-from mmrdpm.metrics.interval import bootstrap
+from mmrdpm.metrics.interval import SHARE, bootstrap
 
 Words = Literal["plain", "ptb"]
 """How texts become words: lower case without punctuation, or the COCO server's own (Java)."""
@@ -61,7 +61,7 @@ def cider(captions: Sequence[str], references: References, words: Words = "plain
     protocol = _protocol(references) | _coco("CIDEr-D", words)
     short = sum(all(len(text.split()) < 4 for text in texts) for texts in truths.values())
     note = f"the references of {short} of {len(truths)} have no 4 words: at most 7.5 for them"
-    figure = Figure.mean("CIDEr", values.tolist(), "", protocol)
+    figure = Figure.mean("CIDEr", values.tolist(), "", protocol, (0.0, 10.0))
     return replace(figure, note=note if short else "")
 
 
@@ -90,7 +90,7 @@ def bleu(captions: Sequence[str], references: References, words: Words = "plain"
     protocol = _protocol(references) | _coco("BLEU-4", words)
     short = sum(len(texts[0].split()) < 4 for texts in guesses.values())
     note = f"{short} of {count} captions have fewer than 4 words, so no 4-gram to be right"
-    interval = bootstrap(score, value, count)
+    interval = bootstrap(score, value, count, limits=SHARE)
     return Figure("BLEU-4", value, interval, "", count, protocol, note if short else "")
 
 
@@ -113,7 +113,8 @@ def sentence_similarity(captions: Sequence[str], references: References) -> Figu
         **_minilm_hashes(),
         "preprocessing": "mean pooling, unit length",
     }
-    return Figure.mean("sentence similarity (all-MiniLM-L6-v2)", values, "cosine", protocol)
+    name = "sentence similarity (all-MiniLM-L6-v2)"
+    return Figure.mean(name, values, "cosine", protocol, (-1.0, 1.0))
 
 
 def check_count(count: int, metric: str) -> None:

@@ -24,6 +24,7 @@ from mmrdpm.metrics.distance import (
     kernel_interval,
 )
 from mmrdpm.metrics.features import EfficientNetLite0, kept, ranks
+from mmrdpm.metrics.interval import AT_LEAST_0
 
 _FULL_SIZE = 72  # pixels of the emoji as they come
 
@@ -152,7 +153,8 @@ def diversity(features: EfficientNetLite0, by_seed: Sequence[Pictures]) -> Figur
     apart = sum(pairs[1:], pairs[0]) / len(pairs)
     protocol = {**features.protocol, **_resolution(by_seed[0]), "count": len(apart)}
     protocol["seeds"] = len(by_seed)
-    return Figure.mean("diversity (EfficientNet-Lite0)", apart.tolist(), "", protocol)
+    name = "diversity (EfficientNet-Lite0)"
+    return Figure.mean(name, apart.tolist(), "", protocol, AT_LEAST_0)
 
 
 def check(pictures: Pictures, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmrdpm.errors import DataError
 from mmrdpm.metrics.features import sha256_of
-from mmrdpm.metrics.interval import Interval, mean_interval
+from mmrdpm.metrics.interval import ANY, Interval, mean_interval
 from mmrdpm.metrics.proportion import Proportion
 
 Protocol = Mapping[str, Any]
@@ -27,7 +27,8 @@ class Figure:
 
     Attributes:
         name: `part/group/metric`, such as `drawn/training concepts/named in top 10`.
-        interval: 95%: of Wilson for shares, by the bootstrap for everything else.
+        interval: 95%: of Wilson for shares, by the bootstrap for everything else; never beyond
+            what the figure can be.
         unit: `share`, `dB`, `nats`, `bits/byte`, ... or empty.
         count: samples that the value is over.
         protocol: two figures may be set side by side only where this is equal.
@@ -49,9 +50,16 @@ class Figure:
         return cls(name, found.share, found.interval, "share", len(hits), protocol)
 
     @classmethod
-    def mean(cls, name: str, values: Sequence[float], unit: str, protocol: Protocol) -> Figure:
-        """Of one value per record."""
-        mean, interval = mean_interval(values)
+    def mean(
+        cls,
+        name: str,
+        values: Sequence[float],
+        unit: str,
+        protocol: Protocol,
+        limits: Interval = ANY,
+    ) -> Figure:
+        """Of one value per record, each within `limits`, and so the interval too."""
+        mean, interval = mean_interval(values, limits=limits)
         return cls(name, mean, interval, unit, len(values), protocol)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mmrdpm.data.pictures import to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, TextSegment, length, pack
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation.figure import Figure, digest, digest_of_pictures
-from mmrdpm.metrics.interval import bootstrap
+from mmrdpm.metrics.interval import AT_LEAST_0, bootstrap
 from mmrdpm.objective import Losses, loss
 
 _TOKENS = 4096  # scored at once
@@ -86,7 +86,7 @@ def bits_per_byte(model: Model, texts: Sequence[str], data: str) -> Figure:
         "data_sha256": digest(list(texts)),
         "count": len(texts),
     }
-    interval = bootstrap(ratio, value, len(texts))
+    interval = bootstrap(ratio, value, len(texts), limits=AT_LEAST_0)
     return Figure("bits per byte", value, interval, "bits/byte", len(texts), protocol)
 
 
@@ -144,7 +144,9 @@ def loss_per_timestep(
         "positions": positions,
     }
     return [
-        Figure.mean(f"loss at timestep {t}", means.tolist(), "nats/code", protocol | {"t": t})
+        Figure.mean(
+            f"loss at timestep {t}", means.tolist(), "nats/code", protocol | {"t": t}, AT_LEAST_0
+        )
         for t, means in zip(steps, losses.mean(2).unbind(1), strict=True)
     ]
 

@@ -54,7 +54,7 @@ class PromptsEvaluation:
         """The mean over prompts, each the mean of its seeds."""
         scores = torch.tensor([self.clip.scores(made, self.prompts) for made in self._drawn])
         means = scores.double().mean(0).tolist()
-        return [Figure.mean("drawn/prompts/CLIPScore", means, "", self._protocol)]
+        return [Figure.mean("drawn/prompts/CLIPScore", means, "", self._protocol, (0.0, 2.5))]
 
     def sheets(self) -> Iterator[tuple[str, Image.Image]]:
         """Pictures for the report."""

@@ -21,7 +21,7 @@ from mmrdpm.evaluation.part import Part
 from mmrdpm.evaluation.store import Store
 from mmrdpm.evaluation.suite import GROUPS, TokenizerSuite
 from mmrdpm.metrics.features import EfficientNetLite0
-from mmrdpm.metrics.interval import bootstrap
+from mmrdpm.metrics.interval import AT_LEAST_0, SHARE, bootstrap
 from mmrdpm.metrics.reconstruction import psnr, ssim
 from mmrdpm.rdpm.codebook import perplexity
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
@@ -98,7 +98,7 @@ def codebook_use(found: ImageFigures) -> list[Figure]:
         def use(chosen: np.ndarray, codes: Tensor = codes, size: int = size) -> float:
             return perplexity(codes[chosen], size) / size
 
-        interval = bootstrap(use, value, len(codes))
+        interval = bootstrap(use, value, len(codes), limits=SHARE)
         protocol = {
             "evaluator": "perplexity of the codes over their number",
             "count": len(codes),
@@ -168,7 +168,9 @@ class TokenizerEvaluation:
     def ssim(self, group: str) -> list[Figure]:
         values = self._measure(group).ssim
         how = {"evaluator": "SSIM, window of 11 pixels"}
-        return [Figure.mean(f"SSIM, {w}", v.tolist(), "", how) for w, v in values.items()]
+        return [
+            Figure.mean(f"SSIM, {w}", v.tolist(), "", how, (-1.0, 1.0)) for w, v in values.items()
+        ]
 
     def kernel_distance(self, group: str) -> list[Figure]:
         return self._distances(group, drawn.kid)
@@ -184,7 +186,13 @@ class TokenizerEvaluation:
         steps = range(self.tokenizer.num_timesteps, 0, -1)
         how = {"evaluator": "mean squared distance from the trajectory"}
         return [
-            Figure.mean(f"latent error at timestep {t}", e.tolist(), "of variance", {**how, "t": t})
+            Figure.mean(
+                f"latent error at timestep {t}",
+                e.tolist(),
+                "of variance",
+                {**how, "t": t},
+                AT_LEAST_0,
+            )
             for t, e in zip(steps, errors, strict=True)
         ]
 

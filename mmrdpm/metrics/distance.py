@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmrdpm.errors import DataError
-from mmrdpm.metrics.interval import Interval, bootstrap
+from mmrdpm.metrics.interval import AT_LEAST_0, Interval, bootstrap
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
@@ -63,7 +63,9 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 def frechet_interval(x: Tensor, y: Tensor, value: float, seed: int = 0) -> Interval:
     """95% interval of `frechet_distance` over the choice of the samples `x`; `y` is given."""
     given = _spread(y)
-    return bootstrap(lambda chosen: _frechet(_spread(x[chosen]), given), value, len(x), seed)
+    return bootstrap(
+        lambda chosen: _frechet(_spread(x[chosen]), given), value, len(x), seed, AT_LEAST_0
+    )
 
 
 def _spread(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,10 +11,17 @@ RESAMPLES = 200
 _Z = 1.959964  # of 95%
 
 Interval = tuple[float, float]
+ANY: Interval = (-math.inf, math.inf)
+AT_LEAST_0: Interval = (0.0, math.inf)
+SHARE: Interval = (0.0, 1.0)
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], value: float, count: int, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    value: float,
+    count: int,
+    seed: int = 0,
+    limits: Interval = ANY,
 ) -> Interval:
     """`value` plus and minus 1.96 standard errors, estimated from 200 resamples.
 
@@ -25,15 +33,23 @@ def bootstrap(
             they tell nothing.
         value: the statistic of all records.
         count: number of records, at least 1.
+        limits: the least and the most that the statistic can be; an interval ends there.
     """
     random = np.random.default_rng(seed)
     resampled = [statistic(random.integers(count, size=count)) for _ in range(RESAMPLES)]
     half = _Z * float(np.nanstd(resampled))
-    return value - half, value + half
+    low, high = max(limits[0], value - half), min(limits[1], value + half)
+    return min(value, low), max(value, high)  # a value may be beyond a limit by rounding
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
-    """The mean of one value per record, and its interval."""
+def mean_interval(
+    values: Sequence[float], seed: int = 0, limits: Interval = ANY
+) -> tuple[float, Interval]:
+    """The mean of one value per record, and its interval within what a value can be."""
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
-    return mean, bootstrap(lambda chosen: float(array[chosen].mean()), mean, len(array), seed)
+
+    def of_chosen(chosen: np.ndarray) -> float:
+        return float(array[chosen].mean())
+
+    return mean, bootstrap(of_chosen, mean, len(array), seed, limits)
