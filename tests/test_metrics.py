@@ -9,7 +9,12 @@ from PIL import Image
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation.emoji import choose
-from mmrdpm.metrics.distance import frechet_distance, kernel_distance, kernel_interval
+from mmrdpm.metrics.distance import (
+    frechet_distance,
+    frechet_interval,
+    kernel_distance,
+    kernel_interval,
+)
 from mmrdpm.metrics.features import EfficientNetLite0, kept, ranks
 from mmrdpm.metrics.interval import bootstrap, mean_interval
 from mmrdpm.metrics.proportion import Proportion
@@ -115,6 +120,24 @@ def test_the_frechet_distance_equals_that_of_matrix_roots(count):
     expected = apart + np.trace(a) + np.trace(b) - 2 * root
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
     assert frechet_distance(y, y) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_the_frechet_interval_equals_that_of_every_resample_by_itself(count):
+    """Fewer samples than features, and more, which take another way."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 8, generator=random) + 100  # far from 0, as sums of squares dislike
+    y = torch.randn(30, 8, generator=random) * 2 + 101
+    value, seen = frechet_distance(x, y), []
+
+    def progress(numbers):
+        for number in numbers:
+            seen.append(number)
+            yield number
+
+    found = frechet_interval(x, y, value, progress=progress)
+    slow = bootstrap(lambda chosen: frechet_distance(x[chosen], y), value, count)
+    assert found == pytest.approx(slow, rel=1e-6) and len(seen) == 200
 
 
 def test_distances_refuse_a_single_sample():

@@ -95,7 +95,9 @@ class ImagenetEvaluation:
         fid = value[metric_fid.KEY_METRIC_FID]
         few = min(len(drawn), len(real)) <= drawn.shape[1]
         note = f"biased upwards: fewer samples than the {drawn.shape[1]} features" if few else ""
-        return [self._figure("fid", "FID", fid, frechet_interval(drawn, real, fid), note)]
+        progress = partial(self.store.progress, "interval of FID")
+        interval = frechet_interval(drawn, real, fid, progress=progress)
+        return [self._figure("fid", "FID", fid, interval, note)]
 
     def inception_score(self) -> list[Figure]:
         """Salimans et al. 2016 (arXiv 1606.03498): the mean of 10 splits, and its interval."""

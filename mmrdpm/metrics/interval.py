@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ RESAMPLES = 200
 _Z = 1.959964  # of 95%
 
 Interval = tuple[float, float]
+Progress = Callable[[Sequence[int]], Iterator[int]]
 ANY: Interval = (-math.inf, math.inf)
 AT_LEAST_0: Interval = (0.0, math.inf)
 SHARE: Interval = (0.0, 1.0)
@@ -22,6 +23,7 @@ def bootstrap(
     count: int,
     seed: int = 0,
     limits: Interval = ANY,
+    progress: Progress = iter,
 ) -> Interval:
     """`value` plus and minus 1.96 standard errors, estimated from 200 resamples.
 
@@ -34,9 +36,10 @@ def bootstrap(
         value: the statistic of all records.
         count: number of records, at least 1.
         limits: the least and the most that the statistic can be; an interval ends there.
+        progress: passes on the numbers of the resamples, as a bar does.
     """
     random = np.random.default_rng(seed)
-    resampled = [statistic(random.integers(count, size=count)) for _ in range(RESAMPLES)]
+    resampled = [statistic(random.integers(count, size=count)) for _ in progress(range(RESAMPLES))]
     half = _Z * float(np.nanstd(resampled))
     low, high = max(limits[0], value - half), min(limits[1], value + half)
     return min(value, low), max(value, high)  # a value may be beyond a limit by rounding
