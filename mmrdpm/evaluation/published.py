@@ -106,7 +106,7 @@ class ImagenetEvaluation:
         found = metric_isc.isc_features_to_metric(self._drawn[1], _SPLITS)
         mean = found[metric_isc.KEY_METRIC_ISC_MEAN]
         half = 1.959964 * found[metric_isc.KEY_METRIC_ISC_STD] / _SPLITS**0.5
-        interval = (max(1.0, mean - half), mean + half)
+        interval = (min(mean, max(1.0, mean - half)), mean + half)  # below 1 by rounding alone
         return [self._figure("inception_score", "Inception score", mean, interval)]
 
     def precision_recall(self) -> list[Figure]:
