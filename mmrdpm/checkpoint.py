@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,17 @@ class CheckpointPolicy:
     log_every: int = field(default=20, metadata={"min": 1})
 
 
+MAY_CHANGE = frozenset(f"checkpoint.{key.name}" for key in fields(CheckpointPolicy))
+
+
 def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) -> None:
     """Looks whether a run may begin in a folder, which is made, or go on in it.
 
     Nothing is written yet: what is wrong with the recipe's parts should not leave half a run.
 
     Args:
-        free: dotted keys that may differ when a run goes on, as they say how the machine is used
-            and not what is computed.
+        free: dotted keys that may differ when a run goes on, as what is computed does not hang on
+            them.
 
     Raises:
         CheckpointError: there is a run already, or a log, and `resume` is off; there is none, or
@@ -107,6 +110,8 @@ def claimed(run: Path) -> Iterator[None]:
 def record(run: Path, resolved: Any, tokenizers: Mapping[str, tuple[Path, Sequence[str]]]) -> None:
     """Makes a run begin: copies its tokenizers, then writes its recipe, which is what says so.
 
+    Of a run that goes on only the recipe is written, where it has changed.
+
     Args:
         tokenizers: places in the run's folder, and the folders of which files are copied there.
 
@@ -114,16 +119,19 @@ def record(run: Path, resolved: Any, tokenizers: Mapping[str, tuple[Path, Sequen
         CheckpointError: something could not be written, or the folder holds other tokenizers.
     """
     path = run / RECIPE_FILE
-    if path.exists():
+    begun = path.exists()
+    if begun and recipe.read(path) == recipe.to_dict(resolved):
         return
     try:
-        for place, (source, files) in tokenizers.items():
+        for place, (source, files) in () if begun else tokenizers.items():
             _bring(source, run / place, files)
         partial = path.with_name(path.name + ".partial")
         recipe.dump(resolved, partial)
         partial.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{run}: the run could not begin: {error}: make room") from None
+        raise CheckpointError(
+            f"{run}: its recipe could not be written: {error}: make room"
+        ) from None
 
 
 def _bring(source: Path, target: Path, names: Sequence[str]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from mmrdpm import checkpoint
 from mmrdpm.attention.backend import Name
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.plan import DataPlan
@@ -76,8 +77,10 @@ class Training:
     wandb: str = ""
 
 
-MACHINE_KEYS = frozenset(  # how a machine is used: may differ when a run goes on
-    {"data.workers"}
+MAY_CHANGE = frozenset(  # when a run goes on: its numbers do not hang on them
+    {"data.max_broken_share", "data.workers"}
+    | checkpoint.MAY_CHANGE
+    | {f"samples.{key.name}" for key in fields(Samples)}
     | {
         f"train.{name}"
         for name in ("parallel", "micro_batch_size", "recompute", "compile", "timeout", "wandb")

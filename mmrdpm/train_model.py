@@ -25,7 +25,7 @@ from mmrdpm.engine.meter import Meter
 from mmrdpm.engine.parallel import Objective, Parallel
 from mmrdpm.engine.shards import ShardWriter
 from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
-from mmrdpm.model_recipe import MACHINE_KEYS, ModelRecipe
+from mmrdpm.model_recipe import MAY_CHANGE, ModelRecipe
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import check_soft_labels, summed_weights
 from mmrdpm.optim import Average, Optimizers, learning_rate
@@ -48,7 +48,7 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     with distributed.joined(recipe.train.timeout):
         resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(
-            lambda: checkpoint.begin(run, pretrained.complete(recipe, run), resume, MACHINE_KEYS)
+            lambda: checkpoint.begin(run, pretrained.complete(recipe, run), resume, MAY_CHANGE)
         )
         with checkpoint.claimed(run):
             trainer = Trainer(recipe, run)

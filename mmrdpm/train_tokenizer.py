@@ -24,9 +24,9 @@ from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.tokenizer_plan import ImageTokenizerTraining
 from mmrdpm.tokenizer_trainer import TokenizerTrainer
 
-MACHINE_KEYS = frozenset(  # how a machine is used: may differ when a run goes on
-    {"data.workers", "train.timeout", "train.wandb"}
-)
+MAY_CHANGE = checkpoint.MAY_CHANGE | {  # when a run goes on: its numbers do not hang on them
+    *("data.max_broken_share", "data.workers", "train.timeout", "train.wandb")
+}
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
         trainer = TokenizerTrainer(recipe.tokenizer, plan, data)
         distributed.first(lambda: _open(recipe, run, resume))
         with checkpoint.claimed(run):
+            distributed.first(lambda: checkpoint.record(run, recipe, {}))
             return _loop(recipe, run, trainer)
 
 
 def _open(recipe: ImageTokenizerRecipe, run: Path, resume: bool) -> None:
     resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
-    checkpoint.begin(run, recipe, resume, MACHINE_KEYS)
+    checkpoint.begin(run, recipe, resume, MAY_CHANGE)
     if not resume:
         _check_free(run, image_tokenizer.FILES)
-    checkpoint.record(run, recipe, {})
 
 
 def _check_free(folder: Path, files: Sequence[str]) -> None:

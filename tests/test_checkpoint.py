@@ -76,10 +76,13 @@ def test_milestones_are_kept_and_orphaned_states_removed(tmp_path):
     assert len(list((tmp_path / "resume").iterdir())) == 2
 
 
-def test_machine_keys_may_differ_when_a_run_goes_on(tmp_path):
-    checkpoint.begin(tmp_path / "run", CheckpointPolicy(), resume=False)
-    checkpoint.record(tmp_path / "run", CheckpointPolicy(), {})
-    checkpoint.begin(tmp_path / "run", CheckpointPolicy(keep=3), resume=True, free={"keep"})
+def test_some_keys_may_differ_when_a_run_goes_on_and_its_recipe_takes_them(tmp_path):
+    run = tmp_path / "run"
+    checkpoint.begin(run, CheckpointPolicy(), resume=False)
+    checkpoint.record(run, CheckpointPolicy(), {})
+    checkpoint.begin(run, CheckpointPolicy(keep=3), resume=True, free={"keep"})
+    checkpoint.record(run, CheckpointPolicy(keep=3), {"tokenizer": (tmp_path / "gone", ["it"])})
+    assert recipe.read(run / checkpoint.RECIPE_FILE)["keep"] == 3
 
 
 def test_the_writer_works_aside_and_reports_what_went_wrong():

@@ -133,6 +133,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(finished, full_recipe, tmp_path,
         assert (copy / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_what_may_change_of_a_tokenisers_run_changes_its_recipe_alone(
+    finished, full_recipe, tmp_path
+):
+    copy, mapping = tmp_path / "copy", recipe.to_dict(full_recipe)
+    cut(finished, copy, 16)
+    mapping["data"]["max_broken_share"] = 0.9
+    mapping["checkpoint"] = {"every": 3, "keep": 2, "keep_every": 1, "log_every": 2}
+    assert train_image(recipe.from_dict(ImageTokenizerRecipe, mapping, "test"), copy, resume=True)
+    assert recipe.read(copy / checkpoint.RECIPE_FILE)["data"]["max_broken_share"] == 0.9
+    ours, theirs = (weights.load(r / "tokenizer.safetensors")[0] for r in (copy, finished))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 def test_the_log_shows_losses_and_the_use_of_codes_at_every_timestep(finished):
     first, fitting, last = (losses(finished)[i] for i in (4, 12, 19))
     parts = ("autoencoder", "pixels", "perceptual", "adversarial", "discriminator")

@@ -16,7 +16,7 @@ import yaml
 from mmrdpm import checkpoint, machine, recipe, weights
 from mmrdpm.data import emoji_stream
 from mmrdpm.engine.guard import Guard, GuardConfig
-from mmrdpm.errors import TrainingError, UsageError
+from mmrdpm.errors import CheckpointError, TrainingError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.train_model import Trainer, train
 
@@ -130,6 +130,26 @@ def test_a_window_of_the_log_survives_a_stop_in_its_middle(tiny_recipe, tmp_path
         log.write('{"step": 13, "lo')  # as a kill leaves it
     assert train(recipe.load(ModelRecipe, path), run, resume=True)
     assert losses(run) == losses(whole)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")
+def test_what_a_run_saves_logs_and_draws_may_change_on_the_way(tiny_recipe, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    assert train(recipe.load(ModelRecipe, tiny_recipe), run)
+    for saved in run.glob("step-*.safetensors"):
+        if checkpoint.step_of(saved) > 8:
+            saved.unlink()
+    kept = {"every": 1, "keep": 3, "keep_every": 8, "log_every": 1}
+    drawn = {"every": 10, "prompts": ["rainbow"]}
+    more = {"data": {"max_broken_share": 0.9}, "checkpoint": kept, "samples": drawn}
+    path = changed(tiny_recipe, tmp_path, **more)
+    assert train(recipe.load(ModelRecipe, path), run, resume=True)
+    assert [checkpoint.step_of(p) for p in sorted(run.glob("step-*"))] == [8, 10, 11, 12]
+    written = recipe.read(run / checkpoint.RECIPE_FILE)
+    assert all(written[section][k] == v for section, keys in more.items() for k, v in keys.items())
+    assert newest_bytes(run) == newest_bytes(tiny_run)
+    with pytest.raises(CheckpointError, match=r"begun with train\.steps=12, not 13"):
+        train(recipe.load(ModelRecipe, path, ["train.steps=13"]), run, resume=True)
 
 
 def test_the_objective_does_not_depend_on_how_a_batch_is_split(tiny_recipe, tmp_path):

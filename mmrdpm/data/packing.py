@@ -170,5 +170,6 @@ def check_broken(
     example = f"; the last: {last.key} {last.detail}".rstrip() if last else ""
     raise DataError(
         f"{total} of {seen} records are broken, more than data.max_broken_share {max_share}:"
-        f" {causes}{example}: mend the data, or raise the share"
+        f" {causes}{example}: mend the files in place, under the same names (lines of JSONL with"
+        " the same lengths), or raise data.max_broken_share; a run then goes on with --resume"
     )
