@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmrdpm.errors import DistributedError
+from mmrdpm.errors import DataError, DistributedError
+
+T = TypeVar("T")
 
 _SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
 
@@ -144,6 +146,23 @@ def first(work: Callable[[], object]) -> None:
         dist.all_reduce(done)
     if not done:
         raise SystemExit(1)
+
+
+def on_all(work: Callable[[], T]) -> T:
+    """What this rank's work gives, once every rank has done its own: all must call it.
+
+    Raises:
+        DataError: of the work.
+        SystemExit: another rank's work failed, which says why.
+    """
+    try:
+        done = work()
+    except DataError:
+        anyone(True)
+        raise
+    if anyone(False):
+        raise SystemExit(1)
+    return done
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -137,9 +137,13 @@ class TokenizerTrainer:
 
         Raises:
             TrainingError: a loss is no number.
+            DataError: a source failed, or too many of its records are broken. `data.undo()` makes
+                this the state after the last update, or after settling, which is then done again.
+            SystemExit: so on another rank.
         """
         phases, plan = self.phases, self.training
         while self.step < plan.steps:
+            self.data.mark()
             generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
             if self.step == phases.autoencoder:
                 self._settle(generator)

@@ -24,7 +24,7 @@ from mmrdpm.engine.guard import Guard
 from mmrdpm.engine.meter import Meter
 from mmrdpm.engine.parallel import Objective, Parallel
 from mmrdpm.engine.shards import ShardWriter
-from mmrdpm.errors import CheckpointError, RecipeError, TrainingError
+from mmrdpm.errors import CheckpointError, DataError, RecipeError, TrainingError
 from mmrdpm.model_recipe import MAY_CHANGE, ModelRecipe
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import check_soft_labels, summed_weights
@@ -41,6 +41,7 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
 
     Raises:
         CheckpointError: the folder holds another run, or a checkpoint could not be written.
+        DataError: a source failed or too many of its records are broken; what was done is saved.
         DistributedError: another rank was lost.
         TrainingError: the loss is no number, again and again.
     """
@@ -68,7 +69,12 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
         stopping = False
         while trainer.step < plan.steps and not stopping:
             dog.doing(f"update {trainer.step + 1}")
-            if not trainer.update():
+            try:
+                accepted = trainer.update()
+            except (DataError, SystemExit):  # of all ranks alike, before the update has begun
+                monitor.say(trainer.save_before_fault(run))
+                raise
+            if not accepted:
                 monitor.say(f"step {trainer.step}  {trainer.guard.report()}")
             if trainer.guard.lost_patience:
                 monitor.say(trainer.roll_back(run))
@@ -92,11 +98,16 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
 
 
 class Trainer:
-    """The state of a run: weights, optimisers, place in the data and the number of updates."""
+    """The state of a run: weights, optimisers, place in the data and the number of updates.
+
+    Attributes:
+        step, saved: updates done, and those that the last checkpoint holds.
+    """
 
     def __init__(self, recipe: ModelRecipe, run: Path) -> None:
         recipe = pretrained.complete(recipe, run)
-        self.recipe, self.step, plan, model = recipe, 0, recipe.train, recipe.model
+        self.recipe, plan, model = recipe, recipe.train, recipe.model
+        self.step = self.saved = 0
         if recipe.data.rows % distributed.world_size():
             raise RecipeError(
                 f"data.rows is {recipe.data.rows}, no multiple of {distributed.world_size()} ranks:"
@@ -173,9 +184,14 @@ class Trainer:
         )
 
     def update(self) -> bool:
-        """One optimiser step on the next batch; False if the guard skipped it."""
+        """One optimiser step on the next batch; False if the guard skipped it.
+
+        Raises:
+            DataError: there is no next batch; nothing was done but to read.
+            SystemExit: so on another rank.
+        """
         plan, begun = self.recipe.train, self.meter.start()
-        rows = self.loader.batch().to(self.device)
+        rows = distributed.on_all(self.loader.batch).to(self.device)
         waited = time.perf_counter() - begun
         divisor = distributed.sum_over_ranks(summed_weights(rows, plan.text_weight))
         size = plan.micro_batch_size or len(rows.targets)
@@ -231,6 +247,15 @@ class Trainer:
                 checkpoint.prune(run, policy)
 
         self.writer.write(write)
+        self.saved = step
+
+    def save_before_fault(self, run: Path) -> str:
+        """Saves all updates done before a batch that failed; says so. All ranks must call it."""
+        self.loader.undo()
+        if self.step > self.saved:
+            self.save(run)
+        self.writer.finish()
+        return f"step {self.step}  no next batch: this step is the last saved"
 
     def _sharded(self, moments: Collection[str] = ()) -> dict[str, Tensor]:
         """What is cut over the ranks of a sharded model, by name; see `Optimizers.moments`."""
@@ -265,7 +290,7 @@ class Trainer:
             if self.average:
                 self.average.restore(weights.load(path)[0])
                 weights.fill(self.transformer, state["raw"])
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
         self.loader.restore(state["data"])
         self.guard.restore(state["guard"])
         self.meter.restore(state["meter"])

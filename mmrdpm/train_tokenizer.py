@@ -16,7 +16,7 @@ from mmrdpm import checkpoint, distributed, machine, text_tokenizer
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.images import ImagePlan, check_batches, open_images
 from mmrdpm.data.texts import TextPlan, read_texts
-from mmrdpm.errors import CheckpointError
+from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.monitor import Monitor
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
@@ -73,7 +73,8 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
 
     Raises:
         RecipeError: the parts of the tokeniser do not fit together.
-        DataError: a source cannot be used, or too many of its records are broken.
+        DataError: a source cannot be used or failed, or too many of its records are broken; what
+            was done is saved.
         CheckpointError: the folder holds another run, or a checkpoint could not be written.
         DistributedError: another rank was lost.
         TrainingError: the codebook has collapsed.
@@ -112,9 +113,19 @@ def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) ->
     plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
     if latest := checkpoint.agreed(run):
         trainer.restore(latest)
+    saved = trainer.step
     with Monitor(run, "image tokeniser", plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")
-        for phase, losses in trainer.run():
+        updates = trainer.run()
+        while trainer.step < plan.steps:
+            try:
+                phase, losses = next(updates)
+            except (DataError, SystemExit):  # of all ranks alike, before the update has begun
+                trainer.data.undo()
+                if trainer.step > saved:
+                    save(trainer, run, policy)
+                monitor.say(f"step {trainer.step}  no next batch: this step is the last saved")
+                raise
             step = trainer.step
             dog.doing(f"update {step + 1}")
             stopping = distributed.anyone(monitor.stopping)
@@ -127,6 +138,7 @@ def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) ->
             autoencoder_is_done = step == trainer.phases.autoencoder + 1
             if step == plan.steps or step % policy.every == 0 or autoencoder_is_done or stopping:
                 save(trainer, run, policy)
+                saved = step
             if stopping:
                 break
     dog.stop()

@@ -1,16 +1,19 @@
 """Several ranks as a scheduler starts them: real processes, one of them killed or hung for real."""
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mmrdpm import checkpoint, distributed, recipe, weights
 from mmrdpm.engine import parallel, shards
@@ -291,6 +294,39 @@ def test_a_hung_rank_ends_the_job_with_a_message(shared_recipe, tmp_path):
 
 
 @pytest.mark.slow
+def write_shard(path, shard):
+    with tarfile.open(path, "w") as archive:
+        for i in range(3):
+            picture = io.BytesIO()
+            Image.new("RGB", (9, 7), (40 * i, 0, 40 * shard)).save(picture, "PNG")
+            for kind, content in (("png", picture.getvalue()), ("txt", b"shard %d" % shard)):
+                member = tarfile.TarInfo(f"{i}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def test_where_one_rank_has_no_data_both_save_and_go_on_later(shared_recipe, tmp_path):
+    for shard in range(4):
+        write_shard(tmp_path / f"{shard}.tar", shard)
+    give, opened = tmp_path / "give.sh", tmp_path / "opened"
+    mapping = yaml.safe_load(shared_recipe.read_text())
+    source = {"type": "webdataset", "path": f"pipe:sh {give} {{0..3}}"}
+    mapping["data"] |= {"sources": {"s": source}, "max_caption_tokens": 16}
+    path, whole, run = tmp_path / "r.yaml", tmp_path / "whole", tmp_path / "run"
+    path.write_text(yaml.safe_dump(mapping))
+    give.write_text(f"cat {tmp_path}/$1.tar")
+    assert train(recipe.load(ModelRecipe, path), whole)
+    third = f"echo >> {opened}; [ $(wc -l < {opened}) = 9 ] && exit 3"
+    give.write_text(f"if [ $1 = 2 ]; then {third}; fi; cat {tmp_path}/$1.tar")
+    codes, _, err = finish(start_ranks(path, run))
+    assert codes == [1, 1] and "".join(err).count("mmrdpm: error: pipe:sh") == 1, err
+    step = checkpoint.step_of(checkpoint.newest(run))
+    assert step % 10 and f"step {step}  no next batch: this step is the last saved" in err[0]
+    codes, _, err = finish(start_ranks(path, run, "--resume"))
+    assert codes == [0, 0], err
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
+
+
 def test_a_killed_rank_is_started_again_and_the_job_goes_on(shared_recipe, alone, tmp_path):
     run = tmp_path / "run"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]

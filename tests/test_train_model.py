@@ -15,8 +15,9 @@ import yaml
 
 from mmrdpm import checkpoint, machine, recipe, weights
 from mmrdpm.data import emoji_stream
+from mmrdpm.data.packing import Lane
 from mmrdpm.engine.guard import Guard, GuardConfig
-from mmrdpm.errors import CheckpointError, TrainingError, UsageError
+from mmrdpm.errors import CheckpointError, DataError, TrainingError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.train_model import Trainer, train
 
@@ -130,6 +131,42 @@ def test_a_window_of_the_log_survives_a_stop_in_its_middle(tiny_recipe, tmp_path
         log.write('{"step": 13, "lo')  # as a kill leaves it
     assert train(recipe.load(ModelRecipe, path), run, resume=True)
     assert losses(run) == losses(whole)
+
+
+@pytest.fixture
+def texts_recipe(tiny_recipe, tmp_path):
+    """Trains on lines of text; no step but the last would be saved."""
+    lines = [{"text": f"line {i} " + "word " * (i % 9)} for i in range(300)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {"sources": {"t": {"type": "text", "path": str(tmp_path / "t.jsonl")}}}
+    data |= {"max_caption_tokens": 16, "look_ahead": 4}
+    policy = {"every": 500, "keep": 9, "log_every": 2}
+    return changed(tiny_recipe, tmp_path, data=data, checkpoint=policy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_that_fails_costs_no_update(workers, texts_recipe, tmp_path, monkeypatch):
+    whole, run, made = tmp_path / "whole", tmp_path / "run", f"data.workers={workers}"
+    loaded = recipe.load(ModelRecipe, texts_recipe, [made])
+    assert train(loaded, whole)
+    given, read, fails = 0, Lane.row, 8 if workers else 16  # of a process
+
+    def fail_once(lane):
+        nonlocal given
+        given += 1
+        if given == fails:  # the other row of its batch is read already
+            raise DataError("the network is gone")
+        return read(lane)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "row", fail_once)
+        with pytest.raises(DataError, match="the network is gone"):
+            train(loaded, run)
+    assert checkpoint.step_of(checkpoint.newest(run)) == 7
+    assert train(loaded, run, resume=True)
+    assert losses(run) == losses(whole)
+    assert newest_bytes(run) == newest_bytes(whole)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")

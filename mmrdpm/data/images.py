@@ -98,6 +98,12 @@ class Images(Protocol):
     def state(self) -> dict[str, Any]:
         """The place in the data of all ranks together. All ranks must call it."""
 
+    def mark(self) -> None:
+        """Takes this place for the one to go back to."""
+
+    def undo(self) -> None:
+        """Goes back to the marked place."""
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to a saved place."""
 
@@ -148,6 +154,12 @@ class EmbeddedImages:
     def state(self) -> dict[str, Any]:
         return {}
 
+    def mark(self) -> None:
+        pass  # see `restore`
+
+    def undo(self) -> None:
+        pass
+
     def restore(self, state: Mapping[str, Any]) -> None:
         pass  # a batch follows from its generator alone
 
@@ -170,8 +182,18 @@ class StreamedImages:
         self.stream = Mixture(sources, weights, seed, Cropper(plan, size))
         rank, ranks = distributed.rank(), distributed.world_size()
         self.rows = Lanes(self.stream, plan.rows(batch_size), (1,), rank, ranks)
+        self.mark()
 
     def images(self, count: int, generator: torch.Generator) -> Tensor:
+        """As `Images`; all ranks must call it.
+
+        Raises:
+            DataError: a source failed, or too many of its records are broken.
+            SystemExit: so on another rank.
+        """
+        return distributed.on_all(lambda: self._read(count))
+
+    def _read(self, count: int) -> Tensor:
         squares = []
         for _ in range(count // self.batch_size):
             rows, skipped = self.rows.next()
@@ -189,6 +211,12 @@ class StreamedImages:
     def state(self) -> dict[str, Any]:
         mine = {"data": self.stream.fingerprints(), **self.rows.state()}
         return merge_states(distributed.gather_objects(mine))
+
+    def mark(self) -> None:
+        self._marked = self.rows.state()
+
+    def undo(self) -> None:
+        self.rows.restore(self._marked)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Raises DataError if the data are not those that the place was saved for."""

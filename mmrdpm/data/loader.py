@@ -70,6 +70,7 @@ class Loader:
         kind = InOrder if in_order else Lanes
         self.rows = kind(self.stream, plan, image_tokenizer.grid, rank, world_size)
         self.skipped_log = skipped_log
+        self._before = self.rows.state()
 
     def describe(self) -> str:
         """One line about the size of things."""
@@ -88,6 +89,10 @@ class Loader:
         check_unchanged(self.stream.fingerprints(), state["data"])
         self.rows.restore(state)
 
+    def undo(self) -> None:
+        """Goes back to before the last batch, or the one that failed."""
+        self.rows.restore(self._before)
+
     @torch.no_grad()
     def batch(self) -> Packed:
         """The next rows of this rank.
@@ -95,6 +100,7 @@ class Loader:
         Raises:
             DataError: a source failed, too many records are broken, or one is longer than a row.
         """
+        self._before = self.rows.state()
         rows, skipped = self.rows.next()
         if self.skipped_log:
             log_skipped(self.skipped_log, skipped)
