@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from PIL import Image
 from mmrdpm import checkpoint, recipe, weights
 from mmrdpm.cli import main
 from mmrdpm.data.images import Cropper, ImagePlan
-from mmrdpm.data.packing import Lane
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.errors import CheckpointError, DataError, MmrdpmError, RecipeError, TrainingError
 from mmrdpm.model_recipe import ModelRecipe
@@ -133,45 +131,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(finished, full_recipe, tmp_path,
     assert train_image(full_recipe, copy, resume=True)
     for name in ("tokenizer.safetensors", "metrics.jsonl"):
         assert (copy / name).read_bytes() == (finished / name).read_bytes()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")
-@pytest.mark.parametrize("step", [3, 8, 10])  # in the first phase, while it settles, and after
-def test_a_source_that_fails_costs_no_update(step, finished, full_recipe, tmp_path, monkeypatch):
-    run, given, read = tmp_path / "run", Counter(), Lane.row
-
-    def fail_once(lane):
-        given["rows"] += 1
-        if given["rows"] == fails:
-            raise DataError("the network is gone")
-        return read(lane)
-
-    # four pictures an update at first, 16 to settle, then eight: it fails within a batch
-    fails = {3: 4 * 3 + 2, 8: 4 * 8 + 6, 10: 4 * 8 + 16 + 8 * 2 + 6}[step]
-    mapping = recipe.to_dict(full_recipe)
-    mapping["checkpoint"]["every"] = 500
-    made = recipe.from_dict(ImageTokenizerRecipe, mapping, "test")
-    with monkeypatch.context() as patch:
-        patch.setattr(Lane, "row", fail_once)
-        with pytest.raises(DataError, match="the network is gone"):
-            train_image(made, run)
-    assert checkpoint.step_of(checkpoint.newest(run)) == step
-    assert train_image(made, run, resume=True)
-    for name in ("tokenizer.safetensors", "metrics.jsonl"):
-        assert (run / name).read_bytes() == (finished / name).read_bytes()
-
-
-def test_what_may_change_of_a_tokenisers_run_changes_its_recipe_alone(
-    finished, full_recipe, tmp_path
-):
-    copy, mapping = tmp_path / "copy", recipe.to_dict(full_recipe)
-    cut(finished, copy, 16)
-    mapping["data"]["max_broken_share"] = 0.9
-    mapping["checkpoint"] = {"every": 3, "keep": 2, "keep_every": 1, "log_every": 2}
-    assert train_image(recipe.from_dict(ImageTokenizerRecipe, mapping, "test"), copy, resume=True)
-    assert recipe.read(copy / checkpoint.RECIPE_FILE)["data"]["max_broken_share"] == 0.9
-    ours, theirs = (weights.load(r / "tokenizer.safetensors")[0] for r in (copy, finished))
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_the_log_shows_losses_and_the_use_of_codes_at_every_timestep(finished):

@@ -1,0 +1,77 @@
+"""Image tokenisers whose data fail on the way, and what may change when their training goes on."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmrdpm import checkpoint, recipe
+from mmrdpm.data.packing import Lane
+from mmrdpm.errors import DataError
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs")
+
+
+@pytest.fixture(scope="module")
+def mapping(tmp_path_factory):
+    """A recipe whose phases change after 8 and 14 updates; no checkpoint falls before the ninth."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(30):
+        Image.fromarray(random.integers(0, 255, (40, 36, 3), np.uint8)).save(folder / f"{i}.png")
+    own = {"image_size": 32, "latent_channels": 4, "patch": 4, "widths": [8, 16], "blocks": 1}
+    shares = {"codebook_share": 0.3, "decoder_share": 0.3, "ema": 0.9, "statistics_images": 16}
+    return {
+        "kind": "image",
+        "tokenizer": {"autoencoder": own, "num_timesteps": 3, "codebook_size": 16},
+        "data": {
+            "sources": {"pictures": {"type": "folder", "path": str(folder)}},
+            "crop": "random",
+        },
+        "train": {"steps": 20, "batch_size": 4, "codebook_batch": 8, "threads": 1, **shares},
+        "checkpoint": {"every": 500, "keep": 9, "log_every": 1},
+    }
+
+
+def load(mapping):
+    return recipe.from_dict(ImageTokenizerRecipe, mapping, "test")
+
+
+@pytest.fixture(scope="module")
+def finished(mapping, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert train_image(load(mapping), run)
+    return run
+
+
+# in the first phase, at its end while it settles, and after
+@pytest.mark.parametrize(
+    ("step", "fails"), [(3, 4 * 3 + 2), (8, 4 * 8 + 6), (10, 4 * 8 + 16 + 8 * 2 + 6)]
+)
+def test_a_source_that_fails_costs_no_update(step, fails, mapping, finished, tmp_path, monkeypatch):
+    """Four pictures an update at first, 16 to settle, then eight: it fails within a batch."""
+    run, given, read = tmp_path / "run", Counter(), Lane.row
+
+    def fail_once(lane):
+        given["rows"] += 1
+        if given["rows"] == fails:
+            raise DataError("the network is gone")
+        return read(lane)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "row", fail_once)
+        with pytest.raises(DataError, match="the network is gone"):
+            train_image(load(mapping), run)
+    assert checkpoint.step_of(checkpoint.newest(run)) == step
+    changed = {
+        **mapping,
+        "data": {**mapping["data"], "max_broken_share": 0.9},
+        "checkpoint": {"every": 6, "keep": 2, "keep_every": 1, "log_every": 1},
+    }
+    assert train_image(load(changed), run, resume=True)
+    for name in ("tokenizer.safetensors", "metrics.jsonl"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+    assert (run / "step-0000018.safetensors").exists()
+    assert recipe.read(run / checkpoint.RECIPE_FILE)["data"]["max_broken_share"] == 0.9
