@@ -194,7 +194,8 @@ def test_a_row_takes_the_oldest_then_the_longest_that_fits():
     #        0  1  2  3  4  5  6  7
     packed = lane([5, 6, 3, 2, 4, 7, 1, 9], 10, 3)
     assert numbers(packed.row()) == [0, 2, 3]  # 5 of 10; of 6, 3, 2 then 3; of 6, 2, 4 then 2
-    assert packed.state() == {"place": 1, "taken": [1, 2], "read": 5, "seen": 6, "broken": {}}
+    counts = {"seen": 6, "broken": {}, "sources": {"s": [6, 0]}}
+    assert packed.state() == {"place": 1, "taken": [1, 2], "read": 5, **counts}
     assert numbers(packed.row()) == [1, 4]  # 6 of 10; of 4, 7, 1 then 4
 
 
@@ -221,6 +222,7 @@ def test_a_lane_goes_on_from_its_state_with_its_counts(stop):
     resumed = lane(lengths, 10, 4, packed.state())
     assert [numbers(resumed.row()) for _ in range(12 - stop)] == rows[stop:]
     assert resumed.state() == whole.state() and whole.broken["s: bad"] > 3
+    assert whole.state()["sources"] == {"s": [whole.seen, whole.broken["s: bad"]]}
 
 
 def test_packing_fills_rows_of_a_mix_of_images_and_texts():
@@ -285,6 +287,28 @@ def test_broken_records_are_logged_and_too_many_stop_the_run(parts, tmp_path):
         with pytest.raises(DataError, match=r"records are broken.*max_broken_share.*p: empty capt"):
             for _ in range(60):
                 strict.batch()
+
+
+def test_a_small_source_that_is_broken_stops_the_run(parts, tmp_path):
+    images, texts, vocabulary = parts
+    for name, lines in {"good": ['{"text": "a"}'], "bad": ['{"no": 1}', "{"]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines * 9))
+    sources = {
+        name: {"type": "text", "path": str(tmp_path / f"{name}.jsonl"), "weight": weight}
+        for name, weight in (("good", 0.98), ("bad", 0.02))
+    }
+    shape = {"rows": 2, "seq_len": 64, "steps_per_image": 2, "max_caption_tokens": 8}
+    plan = recipe.from_dict(DataPlan, {"sources": sources, **shape}, "test")
+    loader = Loader(plan, 0, images, texts, vocabulary)
+    with pytest.raises(DataError, match=r"data\.sources\.bad: (\d+) of \1 of its records.* bad: "):
+        for _ in range(400):
+            loader.rows.next()
+    assert loader.rows.broken().total() < 0.03 * loader.rows.seen()
+    old = {lane: dict(s) for lane, s in loader.rows.state()["lanes"].items()}
+    for state in old.values():
+        del state["sources"]  # as an older checkpoint has none
+    loader.rows.restore({"lanes": old})
+    loader.rows.next()
 
 
 def test_a_few_broken_records_at_the_start_stop_nothing():

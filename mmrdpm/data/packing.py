@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class Lane:
         self._broken_in_a_row = 0
         state = state or {"place": None, "taken": [], "read": 0, "seen": 0, "broken": {}}
         self.seen, self.broken = state["seen"], Counter(state["broken"])
+        # older checkpoints have no counts by source: they are counted from there on
+        self._by_source = {name: [*counts] for name, counts in state.get("sources", {}).items()}
         self._items = read(state["place"])
         self._window: deque[Item | None] = deque()  # since the oldest that waits; None: gone
         self._waiting = 0
@@ -64,7 +66,7 @@ class Lane:
         """Where the lane stands, as plain lists, dicts and numbers.
 
         The place of the oldest document that waits, how many were read since, which of them are
-        gone; and how many records were seen, and broken by cause.
+        gone; and how many records were seen, and broken by cause; and by source, seen and broken.
         """
         assert self._window[0] is not None
         return {
@@ -73,6 +75,7 @@ class Lane:
             "read": len(self._window),
             "seen": self.seen,
             "broken": dict(self.broken),
+            "sources": {name: [*counts] for name, counts in self._by_source.items()},
         }
 
     def row(self) -> tuple[list[Draft], list[Skipped]]:
@@ -111,7 +114,10 @@ class Lane:
         while self._waiting < self._look_ahead:
             item = next(self._items)
             self.seen += 1
+            counts = self._by_source.setdefault(item.source, [0, 0])
+            counts[0] += 1
             if isinstance(item.draft, Broken):
+                counts[1] += 1
                 self.broken[f"{item.source}: {item.draft.cause}"] += 1
                 self._skipped.append(Skipped(item.source, item.draft))
                 self._broken_in_a_row += 1
@@ -163,13 +169,41 @@ def check_broken(
     Raises:
         DataError: more than `max_share` of the records seen are broken.
     """
-    total = broken.total()
-    if total <= max_share * max(seen, at_least):
-        return
+    if broken.total() > max_share * max(seen, at_least):
+        raise _too_many(f"{broken.total()} of {seen} records are", max_share, broken, last)
+
+
+def check_sources(
+    counts: Mapping[str, tuple[int, int]],
+    broken: Counter[str],
+    max_share: float,
+    last: Sequence[Skipped],
+) -> None:
+    """Stops a run one of whose sources is broken, however small its share of the whole.
+
+    Args:
+        counts: records seen and broken, by source.
+        broken: by source and cause.
+        last: of the broken ones, for an example.
+
+    Raises:
+        DataError: more than `max_share` of the records seen of a source are broken.
+    """
+    for name, (seen, total) in counts.items():
+        if total > max_share * max(seen, _AT_LEAST):
+            causes = Counter({c: n for c, n in broken.items() if c.startswith(f"{name}: ")})
+            example = next((s.record for s in reversed(last) if s.source == name), None)
+            what = f"data.sources.{name}: {total} of {seen} of its records are"
+            raise _too_many(what, max_share, causes, example)
+
+
+def _too_many(
+    what: str, max_share: float, broken: Counter[str], last: Broken | None = None
+) -> DataError:
     causes = ", ".join(f"{count} {cause}" for cause, count in broken.most_common(5))
     example = f"; the last: {last.key} {last.detail}".rstrip() if last else ""
-    raise DataError(
-        f"{total} of {seen} records are broken, more than data.max_broken_share {max_share}:"
+    return DataError(
+        f"{what} broken, more than data.max_broken_share {max_share}:"
         f" {causes}{example}: mend the files in place, under the same names (lines of JSONL with"
         " the same lengths), or raise data.max_broken_share; a run then goes on with --resume"
     )

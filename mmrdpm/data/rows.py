@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmrdpm.data.documents import Draft
 from mmrdpm.data.mixture import Item
-from mmrdpm.data.packing import Lane, Skipped, check_broken, too_long
+from mmrdpm.data.packing import Lane, Skipped, check_broken, check_sources, too_long
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import DataError, MmrdpmError
 
@@ -81,6 +81,10 @@ class InOrder:
             room[row] -= size
             self._next_document, self._held = self._next_document + 1, None
 
+    def seen(self) -> int:
+        """How many documents all ranks have taken since the run began."""
+        return self._next_document
+
     def broken(self) -> Counter[str]:
         """Nothing in memory is."""
         return Counter()
@@ -133,13 +137,23 @@ class Lanes:
                 rows[filled.lane], self._states[filled.lane] = filled.row, filled.state
                 skipped += filled.skipped
         if skipped:
-            self._check_broken(skipped[-1])
+            self._check_broken(skipped)
         return [rows[lane] for lane in self.lanes], skipped
 
-    def _check_broken(self, last: Skipped) -> None:
+    def _check_broken(self, last: Sequence[Skipped]) -> None:
         """Over all lanes, as each one alone sees too few records."""
-        seen = sum(state["seen"] for state in self._states.values() if state)
-        check_broken(self.broken(), seen, self.plan.max_broken_share, last.record)
+        broken, share = self.broken(), self.plan.max_broken_share
+        check_broken(broken, self.seen(), share, last[-1].record)
+        counts: dict[str, tuple[int, int]] = {}
+        for state in filter(None, self._states.values()):
+            for name, (seen, faulty) in state["sources"].items():
+                before = counts.get(name, (0, 0))
+                counts[name] = before[0] + seen, before[1] + faulty
+        check_sources(counts, broken, share, last)
+
+    def seen(self) -> int:
+        """How many records this rank has read since the run began."""
+        return sum(state["seen"] for state in self._states.values() if state)
 
     def broken(self) -> Counter[str]:
         """How many records this rank has left out since the run began, by source and cause."""
