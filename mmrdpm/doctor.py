@@ -117,6 +117,13 @@ def _data(loaded: ModelRecipe) -> Iterator[Line]:
     loader = Loader(loaded.data, loaded.train.seed, images, texts, vocabulary)
     useful = (loader.batch().layout.document_ids >= 0).double().mean().item()
     yield Line("data", f"the first batch is there, {useful:.1%} of its tokens useful")
+    broken, seen, share = loader.rows.broken(), loader.rows.seen(), loaded.data.max_broken_share
+    too_many = broken.total() > share * seen
+    for cause, count in broken.most_common():
+        yield Line("broken", f"{count} of {seen} records read for it: {cause}", trouble=too_many)
+    if too_many:
+        text = f"more than data.max_broken_share {share}: mend the data, or raise the share"
+        yield Line("broken", text, trouble=True)
 
 
 def _needs(loaded: ModelRecipe) -> Iterator[Line]:

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -131,6 +132,24 @@ def test_doctor_looks_at_the_machine_and_at_a_recipe(tiny_recipe, capsys):
         assert "xformers: not here: it needs CUDA" in said
     assert main(["doctor", str(tiny_recipe), "data.steps_per_image=9"]) == 1
     assert "! recipe" in capsys.readouterr().out
+
+
+def test_doctor_tells_what_is_broken_in_the_first_batch(tiny_recipe, tmp_path, capsys):
+    lines = ['{"text": "%s"}' % ("word " * 15)] * 5 + ['{"no": 1}', "{"] * 2
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    mapping = yaml.safe_load(tiny_recipe.read_text())
+    mapping["data"] |= {"sources": {"t": {"type": "text", "path": str(tmp_path / "t.jsonl")}}}
+    mapping["data"]["max_caption_tokens"] = 16
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    assert main(["doctor", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"! broken +\d+ of \d+ records read for it: t: no text", said)
+    assert "more than data.max_broken_share 0.05" in said
+    assert main(["doctor", str(path), "data.max_broken_share=0.9"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"  broken +\d+ of \d+ records read for it: t: not valid JSON", said)
+    assert "max_broken_share" not in said
 
 
 def test_a_shard_holds_no_whole_gradient_but_the_embeddings(tiny_recipe):
