@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mmrdpm import text_tokenizer
+from mmrdpm import recipe, text_tokenizer
 from mmrdpm.cli import main
 from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.inspect import inspect
+from mmrdpm.data.loader import Loader
 from mmrdpm.data.pictures import PictureError, open_picture
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.data.sources.cached import shard_path
 from mmrdpm.errors import DataError
 from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.vocabulary import Vocabulary
 
 BOM = b"\xef\xbb\xbf"
 
@@ -181,3 +185,50 @@ def test_inspect_of_a_broken_stream_is_one_line(datasets, tmp_path, capsys):
     path.write_text(json.dumps({"text": "a"}) + "\n{broken\n")
     assert main(["data", "inspect", str(path), "type=huggingface", "streaming=true"]) == 1
     assert f"{path}: the data set could not be opened" in capsys.readouterr().err
+
+
+def cut_shards(folder, count, cut):
+    """Shards of nine pairs each, of the first of them but a few."""
+    folder.mkdir()
+    for shard in range(count):
+        members = {f"{i}.{k}": c for i in range(9) for k, c in (("png", png()), ("txt", b"t"))}
+        path = write_tar(folder / f"{shard:02d}.tar", members)
+        if shard < cut:
+            path.write_bytes(path.read_bytes()[:9_000])
+    return folder / "*.tar"
+
+
+@pytest.mark.parametrize(("count", "cut", "stops"), [(4, 3, True), (40, 1, False), (8, 1, True)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_cut_shards_are_told_and_stop_the_run_where_they_are_many(
+    count, cut, stops, world_size, tiny_tokenizers, tmp_path, capsys
+):
+    images = image_tokenizer.load(tiny_tokenizers / "image")
+    texts = text_tokenizer.load(tiny_tokenizers / "text")
+    vocabulary = Vocabulary(texts.size, images.codebook_size)
+    path = cut_shards(tmp_path / "s", count, cut)
+    source = {"type": "webdataset", "path": str(path)}
+    shape = {"rows": 2, "seq_len": 64, "steps_per_image": 2, "max_caption_tokens": 8}
+    plan = recipe.from_dict(DataPlan, {"sources": {"s": source}, **shape}, "test")
+    loaders = [Loader(plan, 0, images, texts, vocabulary, r, world_size) for r in range(world_size)]
+    stopped = 0
+    for loader in loaders:
+        try:
+            for _ in range(120 // world_size):
+                loader.batch()
+        except DataError as error:
+            stopped += 1
+            assert re.search(
+                r"data\.sources\.s: \d+ of \d+ shards read.*the last: .*tar: ", str(error)
+            )
+    assert (stopped > 0) == stops
+    said = capsys.readouterr().err
+    if not stops:
+        assert 1 <= said.count("mmrdpm: warning: ") <= world_size  # once, though read twice
+        assert "00.tar: damaged: " in said and "its later records are left out" in said
+        assert all(loader.rows.broken().total() for loader in loaders)
+
+
+def test_inspect_names_damaged_shards(tmp_path):
+    said = list(inspect(opened("webdataset", cut_shards(tmp_path / "s", 3, 1)), 40).summary())
+    assert any(re.match(r"PROBLEM: damaged shard: .*/00.tar \(.*left out\)", line) for line in said)

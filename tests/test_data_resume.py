@@ -189,6 +189,17 @@ class Shelves(Sharded):
         return ""
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+def test_the_shards_that_lanes_have_begun_add_up(lanes):
+    source = Shelves([4] * 4)
+    readers = [source.records(lane, lanes, "0", None) for lane in range(lanes)]
+    places = [next(reader)[0] for reader in readers]
+    for _ in range(2 * 16 // lanes):
+        places = [next(reader)[0] for reader in readers]
+    begun = sum(source.begun(lane, lanes, place) for lane, place in enumerate(places))
+    assert 8 < begun <= 12  # two epochs of four shards, and the third has begun
+
+
 def test_indexed_lanes_read_every_record_once_an_epoch():
     source, lanes = Numbers(17), 5
     readers = [source.records(lane, lanes, "0", None) for lane in range(lanes)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from mmrdpm import distributed
 from mmrdpm.data.documents import Draft, ImageDraft
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.loader import check_unchanged, log_skipped, merge_states
+from mmrdpm.data.loader import SkippedLog, check_unchanged, merge_states
 from mmrdpm.data.mixture import Mixture
 from mmrdpm.data.pictures import PictureError, open_picture, picture_of, to_square, to_tensor
 from mmrdpm.data.plan import DataPlan
@@ -176,7 +176,7 @@ class StreamedImages:
     def __init__(
         self, plan: ImagePlan, seed: int, size: int, batch_size: int, skipped_log: Path | None
     ) -> None:
-        self.batch_size, self.skipped_log = batch_size, skipped_log
+        self.batch_size, self.skipped_log = batch_size, SkippedLog(skipped_log)
         sources = {name: _open(name, config) for name, config in plan.sources.items()}
         weights = {name: config.weight for name, config in plan.sources.items()}
         self.stream = Mixture(sources, weights, seed, Cropper(plan, size))
@@ -197,8 +197,7 @@ class StreamedImages:
         squares = []
         for _ in range(count // self.batch_size):
             rows, skipped = self.rows.next()
-            if self.skipped_log:
-                log_skipped(self.skipped_log, skipped)
+            self.skipped_log.add(skipped)
             squares += [image.image for row in rows for draft in row for image in draft.images]
         return to_tensor(np.stack(squares))
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mmrdpm.data.pictures import PictureError, contact_sheet, picture_of, to_square
 from mmrdpm.data.records import (
+    DAMAGED_SHARD,
     Broken,
     Interleaved,
     Pair,
@@ -42,6 +43,7 @@ class Findings:
         sizes: width and height of every picture that could be read.
         lengths: characters of every caption and text.
         problems: number of broken records by cause.
+        damaged: shards that are, with what is wrong.
         pictures: thumbnails, RGB.
     """
 
@@ -49,6 +51,7 @@ class Findings:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
+    damaged: list[str] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
 
     def summary(self) -> Iterator[str]:
@@ -60,6 +63,8 @@ class Findings:
             yield f"texts: {len(self.lengths)}, characters {_range(self.lengths)}"
         for cause, count in self.problems.most_common():
             yield f"problem: {count} {cause}"
+        for shard in self.damaged:
+            yield f"PROBLEM: damaged shard: {shard}"
         if not self.problems:
             yield "problems: none"
 
@@ -129,6 +134,8 @@ def _text(text: str, kind: str, findings: Findings) -> str:
 
 def _problem(key: str, cause: str, detail: str, findings: Findings) -> None:
     findings.problems[cause] += 1
+    if cause == DAMAGED_SHARD:
+        findings.damaged.append(f"{key} ({detail})")
     findings.lines.append(f"{key}  PROBLEM: {cause}{f' ({detail})' if detail else ''}")
 
 

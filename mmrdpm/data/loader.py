@@ -8,6 +8,7 @@ them and restored by another. docs/data.md says precisely what is promised.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from mmrdpm.data.mixture import Mixture
 from mmrdpm.data.packing import Skipped
 from mmrdpm.data.pictures import to_tensor
 from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.records import DAMAGED_SHARD
 from mmrdpm.data.rows import InOrder, Lanes, Stream
 from mmrdpm.data.sources import open_source
 from mmrdpm.data.sources.cached import CachedLatents
@@ -69,7 +71,7 @@ class Loader:
         in_order = not plan.sources and plan.look_ahead is None
         kind = InOrder if in_order else Lanes
         self.rows = kind(self.stream, plan, image_tokenizer.grid, rank, world_size)
-        self.skipped_log = skipped_log
+        self.skipped_log = SkippedLog(skipped_log)
         self._before = self.rows.state()
 
     def describe(self) -> str:
@@ -102,8 +104,7 @@ class Loader:
         """
         self._before = self.rows.state()
         rows, skipped = self.rows.next()
-        if self.skipped_log:
-            log_skipped(self.skipped_log, skipped)
+        self.skipped_log.add(skipped)
         grid = self.image_tokenizer.grid
         channels = self.image_tokenizer.latent_channels
         return pack(self._tokenise(rows), self.plan.seq_len, self.vocabulary, channels, len(grid))
@@ -191,12 +192,26 @@ def check_unchanged(now: Mapping[str, str], saved: Mapping[str, str]) -> None:
         )
 
 
-def log_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
-    """Adds a JSON line per record that was left out."""
-    if skipped:
-        with open(path, "a", encoding="utf-8") as file:
-            for s in skipped:
-                file.write(json.dumps({"source": s.source, **vars(s.record)}) + "\n")
+class SkippedLog:
+    """Where the records that are left out are told.
+
+    Args:
+        path: of a file that gets a JSON line per record, None for none.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self._told = path, set[str]()
+
+    def add(self, skipped: Sequence[Skipped]) -> None:
+        """Adds records; a damaged shard, which is more than one, also goes to stderr, once."""
+        if skipped and self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                for s in skipped:
+                    file.write(json.dumps({"source": s.source, **vars(s.record)}) + "\n")
+        for record in (s.record for s in skipped if s.record.cause == DAMAGED_SHARD):
+            if record.key not in self._told:
+                self._told.add(record.key)
+                print(f"mmrdpm: warning: {record.key}: damaged: {record.detail}", file=sys.stderr)
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

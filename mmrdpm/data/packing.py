@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mmrdpm.errors import DataError
 
 _AT_LEAST = 1000  # records before a share of broken ones means anything
 _IN_A_ROW = 500
+_SHARDS_AT_LEAST = 100
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,27 @@ def check_sources(
             example = next((s.record for s in reversed(last) if s.source == name), None)
             what = f"data.sources.{name}: {total} of {seen} of its records are"
             raise _too_many(what, max_share, causes, example)
+
+
+def check_shards(last: Skipped, damaged: int, begun: float, shards: int, max_share: float) -> None:
+    """Stops a run that loses much of a source at shards that are cut.
+
+    Args:
+        last: of the source's damaged ones.
+        begun: shards that were begun, rounded up to a multiple of `_SHARDS_AT_LEAST`, or of all
+            `shards` of the source where there are fewer: the damaged may come first.
+
+    Raises:
+        DataError: more than `max_share` of the shards begun are damaged.
+    """
+    block = min(shards, _SHARDS_AT_LEAST)
+    if damaged > max_share * block * math.ceil(begun / block):
+        raise DataError(
+            f"data.sources.{last.source}: {damaged} of {max(damaged, round(begun))} shards read are"
+            f" damaged, and their later records lost, more than data.max_broken_share {max_share};"
+            f" the last: {last.record.key}: mend them in place, under the same names, or raise the"
+            " share; a run then goes on with --resume"
+        )
 
 
 def _too_many(

@@ -18,6 +18,9 @@ import numpy as np
 
 from mmrdpm.errors import DataError
 
+DAMAGED_SHARD = "damaged shard"
+"""The cause of the broken record that stands for all that is lost of a shard."""
+
 _EMPTY_EPOCHS = 8  # in a row, until a source counts as empty
 
 Picture = Path | bytes | np.ndarray
@@ -112,6 +115,13 @@ class Sharded(Source):
 
     @abstractmethod
     def num_shards(self) -> int: ...
+
+    def begun(self, lane: int, lanes: int, place: Place) -> float:
+        """How many shards a lane has begun up to a place; of those that it shares, its part."""
+        shards = self.num_shards()
+        sharers = -(-lanes // shards)
+        epoch, n, _ = place
+        return (epoch * len(range(lane, shards * sharers, lanes)) + n + 1) / sharers
 
     @abstractmethod
     def shard(self, index: int) -> Iterator[Record]:

@@ -15,9 +15,17 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmrdpm.data.documents import Draft
-from mmrdpm.data.mixture import Item
-from mmrdpm.data.packing import Lane, Skipped, check_broken, check_sources, too_long
+from mmrdpm.data.mixture import Item, Mixture
+from mmrdpm.data.packing import (
+    Lane,
+    Skipped,
+    check_broken,
+    check_shards,
+    check_sources,
+    too_long,
+)
 from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.records import DAMAGED_SHARD, Sharded, Source
 from mmrdpm.errors import DataError, MmrdpmError
 
 _LOOK_AHEAD = 16
@@ -150,6 +158,19 @@ class Lanes:
                 before = counts.get(name, (0, 0))
                 counts[name] = before[0] + seen, before[1] + faulty
         check_sources(counts, broken, share, last)
+        for one in last:
+            if one.record.cause == DAMAGED_SHARD and isinstance(self.stream, Mixture):
+                self._check_shards(one, self.stream.sources[one.source], broken)
+
+    def _check_shards(self, last: Skipped, source: Source, broken: Counter[str]) -> None:
+        """A damaged shard is one broken record, however many more are lost with it."""
+        assert isinstance(source, Sharded)
+        begun = 0.0
+        for lane, state in self._states.items():
+            if state and (place := state["place"]["next"].get(last.source)):
+                begun += source.begun(lane, self.plan.rows, place)
+        damaged, share = broken[f"{last.source}: {DAMAGED_SHARD}"], self.plan.max_broken_share
+        check_shards(last, damaged, begun, source.num_shards(), share)
 
     def seen(self) -> int:
         """How many records this rank has read since the run began."""

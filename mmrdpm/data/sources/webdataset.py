@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmrdpm.data.lines import MAX_BYTES
-from mmrdpm.data.records import Broken, Pair, Record, Sharded
+from mmrdpm.data.records import DAMAGED_SHARD, Broken, Pair, Record, Sharded
 from mmrdpm.data.sources.files import IMAGE_SUFFIXES, find
 from mmrdpm.data.sources.folder import captions_of
 from mmrdpm.errors import DataError
@@ -76,7 +76,7 @@ class Shards(Sharded):
                 yield from self._records(url, stream)
             except (tarfile.TarError, EOFError, ValueError, TypeError) as damage:
                 _drain(stream)
-                yield Broken(url, "damaged shard", f"{damage}; its later records are left out")
+                yield Broken(url, DAMAGED_SHARD, f"{damage}; its later records are left out")
         except OSError as error:
             raise _unreachable(url, error) from None
         finally:
