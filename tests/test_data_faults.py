@@ -232,3 +232,36 @@ def test_cut_shards_are_told_and_stop_the_run_where_they_are_many(
 def test_inspect_names_damaged_shards(tmp_path):
     said = list(inspect(opened("webdataset", cut_shards(tmp_path / "s", 3, 1)), 40).summary())
     assert any(re.match(r"PROBLEM: damaged shard: .*/00.tar \(.*left out\)", line) for line in said)
+
+
+def test_suffixes_of_members_may_be_written_in_capitals(tmp_path):
+    members = {"1.JPG": png(), "1.TXT": b"one", "1.Alt": b"two"}
+    path = write_tar(tmp_path / "s.tar", members)
+    (pair,) = opened("webdataset", path, image="JPG", caption="ALT").shard(0)
+    assert pair.captions == ("two",)
+
+
+def test_a_fault_of_a_picture_is_told_with_its_file_and_in_one_pair_of_brackets(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    segments = [[{"text": "x"}, {"image": f"{name}.png"}] for name in ("gone", "a")]
+    lines = [json.dumps({"segments": s}) for s in [*segments, [{"text": " "}]]]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    findings = inspect(opened("interleaved", tmp_path / "d.jsonl"), 9)
+    assert len(findings.lines) == 3 and findings.problems["empty text"] == 1
+    said = "\n".join(findings.lines)
+    assert f"PROBLEM: no such file ({tmp_path / 'gone.png'})" in said
+    assert "PROBLEM: not a picture that can be read (PNG, JPEG, WebP and the like can)" in said
+
+
+def test_what_reads_a_shard_and_fails_is_told_in_words(tmp_path, monkeypatch):
+    with pytest.raises(
+        DataError, match=r"\(the command ended with status 3\): check what it reads"
+    ):
+        list(opened("webdataset", "pipe:exit 3").shard(0))
+    source = opened("webdataset", write_tar(tmp_path / "s.tar", {"1.png": png()}))
+    (tmp_path / "s.tar").unlink()
+    with pytest.raises(DataError, match=r"\(No such file or directory\): put the file back"):
+        list(source.shard(0))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DataError, match="is read by curl, which is not here: install it"):
+        list(opened("webdataset", "http://127.0.0.1:1/s.tar").shard(0))

@@ -126,6 +126,8 @@ class Drafter:
                 case Text():
                     return self._cut([self._text(record.text)])
                 case Interleaved():
+                    if record.is_blank:
+                        raise _Unfit("empty text")
                     items = [self._part(part, random) for part in record.parts]
                     for item in items:
                         if isinstance(item, ImageDraft):  # what _cut can't cut

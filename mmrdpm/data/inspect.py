@@ -96,6 +96,8 @@ def _look(record: Record, findings: Findings) -> None:
                 findings.lines.append(f"{record.key}  {what}  {' | '.join(texts)}")
             case Text():
                 findings.lines.append(f"{record.key}  {_text(record.text, 'text', findings)}")
+            case Interleaved() if record.is_blank:
+                _problem(record.key, "empty text", "", findings)
             case Interleaved():
                 parts = [
                     _text(part, "", findings)

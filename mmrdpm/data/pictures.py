@@ -20,14 +20,20 @@ from mmrdpm.errors import DataError, UsageError
 # no PostScript, whose reader runs programs; no ICO and ICNS, which get round the limit on pixels
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 64_000_000  # what one picture may hold once decoded: 64 megapixels, 256 MB as RGBA
+_TOO_LARGE = f"more pixels than the limit of {MAX_PIXELS // 10**6} megapixels"
 
 
 class PictureError(DataError):
-    """A picture that cannot be used: `cause` is the kind of fault, `detail` what is special."""
+    """A picture that cannot be used.
 
-    def __init__(self, where: str, cause: str, more: str = "") -> None:
+    Attributes:
+        cause: the kind of fault, to count by.
+        detail: what is special: by default `more`, else what a record's key may not say.
+    """
+
+    def __init__(self, where: str, cause: str, more: str = "", detail: str = "") -> None:
         super().__init__(f"{where}: {cause}{more}")
-        self.cause, self.detail = cause, more.strip(" :")
+        self.cause, self.detail = cause, detail or more.strip(" :")
 
 
 @cache
@@ -66,21 +72,20 @@ def _opened(source: Path | IO[bytes], where: str) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source, formats=_formats()) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
-                    raise PictureError(
-                        where,
-                        f"more pixels than the limit of {MAX_PIXELS // 10**6} megapixels",
-                        f" ({picture.width}x{picture.height}): make it smaller first",
-                    )
+                    size = f"{picture.width}x{picture.height}"
+                    raise PictureError(where, _TOO_LARGE, f": {size}, make it smaller first")
                 if picture.mode == "F":  # nothing says which values are black and white
                     raise PictureError(
                         where, "floating point pixels", ": save it with 8 bits a channel"
                     )
                 yield picture
     except FileNotFoundError:
-        raise PictureError(where, "no such file") from None
+        raise PictureError(where, "no such file", detail=where) from None
+    except Image.DecompressionBombError:  # of twice Pillow's own limit, before it tells the size
+        raise PictureError(where, _TOO_LARGE, ": make it smaller first") from None
     except UnidentifiedImageError:
         cause = "not a picture that can be read"
-        raise PictureError(where, cause, " (PNG, JPEG, WebP, ...)") from None
+        raise PictureError(where, cause, ": PNG, JPEG, WebP and the like can") from None
     except PictureError:
         raise
     except Exception as error:  # readers of many formats and of EXIF: they raise all kinds

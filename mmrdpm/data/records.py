@@ -54,6 +54,11 @@ class Interleaved:
     key: str
     parts: tuple[str | Picture, ...]
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether it holds nothing but white space."""
+        return all(isinstance(part, str) and not part.strip() for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Broken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ from mmrdpm.errors import DataError
 
 _Members = dict[str, bytes]
 
+_STATUS = re.compile(r": exit (-?\d+) \(read\)")  # in what webdataset raises
 _LONGEST_NAME = 2**20  # bytes of a header that holds a name or attributes
 _NAMES = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -29,7 +31,8 @@ class Shards(Sharded):
     """Local paths and globs, http(s) URLs and `pipe:` commands, with brace ranges as in {000..123}.
 
     Args:
-        image: suffix of the image members; any image suffix by default.
+        image: suffix of the image members; any image suffix by default. Suffixes are the same in
+            small and in capital letters.
         caption: suffix of the caption members, `txt` by default; `json.NAME` for a key of the
             JSON members.
         label, template: suffix of members with a class label, and what makes a caption of it.
@@ -49,8 +52,8 @@ class Shards(Sharded):
                 "webdataset shards need the extra: pip install 'mmrdpm[data]'"
             ) from None
         self._open = gopen
-        self.image, self.caption = image, caption or "txt"
-        self.label, self.template = label or "cls", template
+        self.image, self.label, self.template = image.lower(), label.lower() or "cls", template
+        self.caption = caption if caption.startswith("json.") else caption.lower() or "txt"
         try:
             ranges = expand_urls(urls)
         except ValueError as error:
@@ -193,7 +196,17 @@ def _drain(stream: IO[bytes]) -> None:
 
 
 def _unreachable(url: str, error: OSError) -> DataError:
+    if error.filename == "curl":
+        return DataError(
+            f"{url}: is read by curl, which is not here: install it, or use pipe:COMMAND"
+        )
+    command, mend = "curl", "check the address and the network"
+    if url.startswith("pipe:"):
+        command, mend = "the command", "check what it reads"
+    elif "://" not in url:
+        mend = "put the file back, look at its rights and the disk"
+    status = _STATUS.search(str(error))
+    why = f"{command} ended with status {status[1]}" if status else error.strerror or error
     return DataError(
-        f"{url}: the shard could not be read ({error.strerror or error}): check the address and"
-        " the network, then go on with --resume"
+        f"{url}: the shard could not be read ({why}): {mend}, then go on with --resume"
     )
