@@ -53,7 +53,7 @@ class Plan:
     Attributes:
         memory: bytes by part.
         peak: bytes held at once: gradients come while activations go.
-        room: bytes that there are, None where that is unknown.
+        room: bytes that there are for `together` of them, None where that is unknown.
         flops, moved: floating point operations of matrix products, and bytes moved, per update.
         seconds: per update; the exchange between GPUs is left out, and reading the data.
     """
@@ -76,8 +76,13 @@ class Plan:
         return self.seconds * self.recipe.train.steps / 3600
 
     @property
+    def together(self) -> int:
+        """How many share the room: processes on the CPU one main memory, as if on one machine."""
+        return self.gpus if self.kind == "cpu" else 1
+
+    @property
     def fits(self) -> bool:
-        return self.room is None or self.peak <= self.room
+        return self.room is None or self.peak * self.together <= self.room
 
 
 def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
@@ -153,15 +158,18 @@ def lines(plan: Plan) -> Iterator[str]:
     yield "memory per GPU, GB" if plan.kind != "cpu" else "memory per process, GB"
     for part, size in plan.memory.items():
         yield f"  {part:<19}{size / 1e9:8.2f}"
-    yield f"  {'at once':<19}{plan.peak / 1e9:8.2f}" + (
-        f"  of {plan.room / 1e9:.0f}" if plan.room else ""
-    )
+    room = f"  of {plan.room / 1e9:.0f}" if plan.room else ""
+    yield f"  {'at once':<19}{plan.peak / 1e9:8.2f}" + (room if plan.together == 1 else "")
+    if plan.together > 1:
+        all_of_them = f"all {plan.together} on a machine"
+        yield f"  {all_of_them:<19}{plan.together * plan.peak / 1e9:8.2f}{room}"
     yield f"seconds per update   {plan.seconds:.3g} (exchange between GPUs left out)"
     yield f"hours                {plan.hours:.3g} for {train.steps:,} updates"
     if not plan.fits:
+        number = "fewer processes" if plan.together > 1 else "more GPUs"
         yield (
             "WARNING: it does not fit: lower train.micro_batch_size, set train.recompute=true,"
-            " train.parallel=fsdp, or use more GPUs"
+            f" train.parallel=fsdp, or use {number}"
         )
 
 

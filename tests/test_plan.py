@@ -106,6 +106,18 @@ def test_what_does_not_fit_is_said_without_allocating_it(tiny_recipe, capsys):
     assert "hours" in capsys.readouterr().out
 
 
+def test_processes_on_the_cpu_share_the_main_memory(tiny_recipe, monkeypatch):
+    loaded = load(tiny_recipe, "data.rows=12")
+    one = make_plan(loaded, 1, "cpu").peak
+    monkeypatch.setattr(machine, "main_memory", lambda: 2.5 * one)
+    assert make_plan(loaded, 1, "cpu").fits
+    many = make_plan(loaded, 12, "cpu")
+    assert many.peak < many.room < 12 * many.peak and not many.fits
+    said = list(lines(many))
+    assert any(line.startswith("  all 12 on a machine") and "of" in line for line in said)
+    assert any(line.endswith("or use fewer processes") for line in said)
+
+
 def test_a_gpu_waits_for_the_host_where_there_is_little_to_do(tiny_recipe):
     """A width twice as large needs as many operations; fusing them pays only where bytes count."""
 
