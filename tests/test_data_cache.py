@@ -22,6 +22,7 @@ from mmrdpm.data.documents import Drafter
 from mmrdpm.data.loader import Loader
 from mmrdpm.data.pictures import open_picture, to_square, to_tensor
 from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.records import Broken
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.data.sources.cached import CachedLatents, shard_path
 from mmrdpm.errors import DataError
@@ -64,6 +65,23 @@ def cache(folder, images, tmp_path_factory):
         "07.png": "no caption",
     }
     return place
+
+
+def test_a_broken_record_says_which_why_and_what_is_special():
+    assert str(Broken("a.png", "no caption")) == "a.png: no caption"
+    assert str(Broken("a.png", "too wide", "9x1")) == "a.png: too wide (9x1)"
+
+
+@pytest.mark.filterwarnings("ignore")  # ray's own
+def test_ray_makes_the_same_shards(folder, images, cache, tmp_path):
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    writer = CacheWriter(source(folder), images, tmp_path / "p", "tiny", per_shard=5)
+    skipped = [broken for _, some in writer.write_by_ray(writer.missing()) for broken in some]
+    assert sorted(b.key for b in skipped) == ["04.png", "07.png"] and not writer.missing()
+    for shard in range(writer.manifest.shards):
+        assert (
+            shard_path(tmp_path / "p", shard).read_bytes() == shard_path(cache, shard).read_bytes()
+        )
 
 
 def test_a_cache_holds_the_latents_of_the_pictures_it_was_made_of(folder, images, cache):

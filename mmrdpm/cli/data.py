@@ -131,7 +131,7 @@ def _fill(
         for kept, skipped in make(missing):
             advance()
             for record in skipped:
-                print(f"{record.key}: {record.cause} {record.detail}".rstrip(), file=sys.stderr)
+                print(record, file=sys.stderr)
             broken.update(record.cause for record in skipped)
             seen += kept + len(skipped)
             check_broken(broken, seen, max_broken_share, skipped[-1] if skipped else None)

@@ -125,9 +125,8 @@ class Lane:
                 self._broken_in_a_row += 1
                 if self._broken_in_a_row == _IN_A_ROW:  # it might search for ever
                     raise DataError(
-                        f"{_IN_A_ROW} records in a row are broken, the last: {item.draft.key}"
-                        f" {item.draft.cause} {item.draft.detail}".rstrip()
-                        + ": mend the data"
+                        f"{_IN_A_ROW} records in a row are broken, the last: {item.draft}: mend the"
+                        " data"
                     )
                 self._append(None)
             else:

@@ -68,6 +68,9 @@ class Broken:
     cause: str
     detail: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.key}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
+
 
 Record = Pair | Text | Interleaved | Broken
 
