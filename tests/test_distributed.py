@@ -214,24 +214,28 @@ from mmrdpm.optim import Muon
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.train_model import Trainer
 
-path, _, run = sys.argv[1:]
-with distributed.joined(60):
-    more = ["train.parallel=fsdp", "train.precision=bf16", "optimizer.name=adamw"]
-    trainer, seen = Trainer(recipe.load(ModelRecipe, path, more), Path(run)), set()
-    for attention in trainer.transformer.attentions:
-        attention.register_forward_pre_hook(lambda _, given: seen.add(given[1].dtype))
-    assert trainer.update() and seen == {torch.float32}, seen
 
-    generator = torch.Generator().manual_seed(0)
-    matrices = [nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(3)]
-    for p in matrices:
-        p.grad = torch.randn(4, 6, generator=generator)
-    muon = Muon(matrices, 0.5, torch.float32)
-    step = 0.1 * 0.2 * 6**0.5
-    expected = [p.detach() * 0.95 - step * muon.orthogonal(p.grad) for p in matrices]
-    muon.param_groups[0]["lr"] = 0.1
-    muon.step()
-    torch.testing.assert_close([p.detach() for p in matrices], expected)
+def main(path, run):  # what holds the process group is gone before the interpreter ends
+    with distributed.joined(60):
+        more = ["train.parallel=fsdp", "train.precision=bf16", "optimizer.name=adamw"]
+        trainer, seen = Trainer(recipe.load(ModelRecipe, path, more), Path(run)), set()
+        for attention in trainer.transformer.attentions:
+            attention.register_forward_pre_hook(lambda _, given: seen.add(given[1].dtype))
+        assert trainer.update() and seen == {torch.float32}, seen
+
+        generator = torch.Generator().manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(3)]
+        for p in matrices:
+            p.grad = torch.randn(4, 6, generator=generator)
+        muon = Muon(matrices, 0.5, torch.float32)
+        step = 0.1 * 0.2 * 6**0.5
+        expected = [p.detach() * 0.95 - step * muon.orthogonal(p.grad) for p in matrices]
+        muon.param_groups[0]["lr"] = 0.1
+        muon.step()
+        torch.testing.assert_close([p.detach() for p in matrices], expected)
+
+
+main(sys.argv[1], sys.argv[3])
 """
 
 
