@@ -40,6 +40,7 @@ _PER_NODE = 8  # GPUs that hybrid sharding shards over
 _REACHED = 0.7  # of the data sheet's matrix products, in 200 large ones behind each other
 _BANDWIDTH = 0.6  # of the data sheet's, in practice: an assumption
 _FUSED = 0.16  # of the bytes that operations move one by one, where torch.compile joins them
+_FROM_MEMORY = 0.6  # of the bytes that operations move on a CPU, the rest from its caches: fitted
 _CALL, _TOKEN = 13e-6, 0.8e-6  # seconds of the host for an operation, and for a token of a row
 _CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take
 _HOLES = 1.2  # what glibc's heap takes over what lives, as `machine.prepare` sets it: measured
@@ -373,4 +374,4 @@ def _seconds(
         return max(device, calls * _CALL) + rows * loaded.data.seq_len * _TOKEN
     here = torch.device("cpu")
     rate = machine.measured_rate(here, _dtype(loaded, kind), side=2048)
-    return flops / rate + (passed + beside) / machine.measured_bandwidth(here)
+    return flops / rate + _FROM_MEMORY * (passed + beside) / machine.measured_bandwidth(here)
