@@ -255,7 +255,8 @@ class Trainer:
         if self.step > self.saved:
             self.save(run)
         self.writer.finish()
-        return f"step {self.step}  no next batch: this step is the last saved"
+        saved = "this step is the last saved" if self.step else "nothing was done yet"
+        return f"step {self.step}  no next batch: {saved}"
 
     def _sharded(self, moments: Collection[str] = ()) -> dict[str, Tensor]:
         """What is cut over the ranks of a sharded model, by name; see `Optimizers.moments`."""
