@@ -24,12 +24,9 @@ from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.tokenizer_plan import ImageTokenizerTraining
 from mmrdpm.tokenizer_trainer import TokenizerTrainer
 
-MAY_CHANGE = (
-    checkpoint.MAY_CHANGE
-    | {  # when a run goes on: no number hangs on them, but when a collapse ends it
-        *("data.max_broken_share", "data.workers", "train.timeout", "train.wandb")
-    }
-)
+MAY_CHANGE = checkpoint.MAY_CHANGE | {  # when a run goes on
+    *("data.max_broken_share", "data.workers", "train.timeout", "train.wandb")
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmrdpm import machine
+from mmrdpm import machine, pretrained
 from mmrdpm.bench.measure import (
     Work,
     growth,
@@ -28,7 +28,7 @@ from mmrdpm.train_model import Trainer
 
 _UPDATES = 5  # per round
 GROWN = {"rows of a batch": ("data", "rows"), "layers": ("model", "layers")}
-"""Section and key of the recipe by what grows: from a quarter of it, so that the whole one fits."""
+"""Section and key of the recipe by what grows; its sizes lie in memory at once."""
 
 
 def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
@@ -63,13 +63,16 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
             }
         )
     columns = {key: [row[key] for row in measured] for key in measured[0]}
-    peak = _peak_bytes(trainer.device)
-    return {
+    about = {
         "machine": machine_facts(trainer.dtype, trainer.device),
         "run": trainer.describe(),
+        "peak_bytes": _peak_bytes(trainer.device),
+    }
+    del trainer, clock  # room for those that grow
+    return {
+        **about,
         **{key: statistics.median(column) for key, column in columns.items()},
         "share": ratio(columns["flops_per_second"], columns["matrix_flops_per_second"]),
-        "peak_bytes": peak,
         "growth": _growth(recipe, rounds),
         "all_rounds": columns,
     }
@@ -110,25 +113,29 @@ def plot(figures: dict[str, Any]) -> str:
 def _growth(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
     """An update's seconds and bytes as one number of the recipe grows; see `measure.growth`.
 
-    Uncompiled: what a compiled layer holds could not be followed.
+    Uncompiled, as what a compiled layer holds could not be followed, and with new weights.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        whole = pretrained.complete(recipe, Path(folder))
+    plain = replace(
+        whole,
+        model=replace(whole.model, init_from=""),
+        train=replace(whole.train, compile=False),
+    )
     grown = {}
     for name, (section, key) in GROWN.items():
-        part = getattr(recipe, section)
-        whole = getattr(part, key)
-        sizes = sorted({max(1, whole // 4), max(1, whole // 2), whole})
+        part = getattr(plain, section)
+        most = getattr(part, key)
+        sizes = sorted({max(1, most // 4), max(1, most // 2), most})
         if len(sizes) > 1:
-            altered = [replace(recipe, **{section: replace(part, **{key: n})}) for n in sizes]
-            works = dict(zip(sizes, map(_update, altered), strict=True))
-            grown[name] = growth(works, rounds)
+            altered = [replace(plain, **{section: replace(part, **{key: n})}) for n in sizes]
+            with tempfile.TemporaryDirectory() as folder:  # of what is skipped
+                works: dict[float, Work] = {
+                    n: Trainer(one, Path(folder)).update
+                    for n, one in zip(sizes, altered, strict=True)
+                }
+                grown[name] = growth(works, rounds)
     return grown
-
-
-def _update(recipe: ModelRecipe) -> Work:
-    """One update of a run that leaves nothing behind."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = replace(recipe, train=replace(recipe.train, compile=False))
-        return Trainer(plain, Path(folder)).update
 
 
 class _Clock:
