@@ -28,7 +28,7 @@ from mmrdpm.train_model import Trainer
 
 _UPDATES = 5  # per round
 GROWN = {"rows of a batch": ("data", "rows"), "layers": ("model", "layers")}
-"""Section and key of the recipe by what grows; its sizes lie in memory at once."""
+"""Section and key of the recipe by what grows; its sizes lie in memory at once, beside the whole."""
 
 
 def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
@@ -68,7 +68,6 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
         "run": trainer.describe(),
         "peak_bytes": _peak_bytes(trainer.device),
     }
-    del trainer, clock  # room for those that grow
     return {
         **about,
         **{key: statistics.median(column) for key, column in columns.items()},
