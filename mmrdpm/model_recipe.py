@@ -77,16 +77,14 @@ class Training:
     wandb: str = ""
 
 
-MAY_CHANGE = (
-    frozenset(  # when a run goes on: no number hangs on them, but where a guard goes back to
-        {"data.max_broken_share", "data.workers"}
-        | checkpoint.MAY_CHANGE
-        | {f"samples.{key.name}" for key in fields(Samples)}
-        | {
-            f"train.{name}"
-            for name in ("parallel", "micro_batch_size", "recompute", "compile", "timeout", "wandb")
-        }
-    )
+MAY_CHANGE = frozenset(  # when a run goes on
+    {"data.max_broken_share", "data.workers"}
+    | checkpoint.MAY_CHANGE
+    | {f"samples.{key.name}" for key in fields(Samples)}
+    | {
+        f"train.{name}"
+        for name in ("parallel", "micro_batch_size", "recompute", "compile", "timeout", "wandb")
+    }
 )
 
 

@@ -28,7 +28,7 @@ from mmrdpm.train_model import Trainer
 
 _UPDATES = 5  # per round
 GROWN = {"rows of a batch": ("data", "rows"), "layers": ("model", "layers")}
-"""Section and key of the recipe by what grows; its sizes lie in memory at once, beside the whole."""
+"""Section and key of the recipe by what grows; all sizes lie in memory at once."""
 
 
 def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
