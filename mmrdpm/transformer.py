@@ -147,7 +147,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[R, S, width]` -> turned q `[R, S, H, D]` and k, and v, `[R, S, G, D]`."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        return self.turned(self.qkv(x), rotation)
+
+    def turned(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`project` of what the first matrix gives, `[R, S, (H + 2 G) D]`."""
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
         turned = rotate(self.normalise(qk), rotation).to(v.dtype)  # autocast norms in float32
         q, k = turned.split((self.heads, self.kv_heads), dim=-2)
@@ -286,12 +290,16 @@ class Transformer(nn.Module):
         """
         config = self.config
         x = self.embed(token_ids, latents, timesteps, positions)
-        turn = shifted_rotations if config.rope == "shifted" else rotations
-        rotation = turn(positions, config.head_dim, config.rope_base)
+        rotation = self.rotation(positions)
         for index in range(config.layers):
             x = self.once_or_twice(self.layer, index, x, rotation, attend)
         hidden = self.norms[-1](x)
         return self.sharpened(hidden, latents, timesteps) if config.preconditioning else hidden
+
+    def rotation(self, positions: Tensor) -> Tensor:
+        """How queries and keys at `positions` turn, see `rotations`."""
+        turn = shifted_rotations if self.config.rope == "shifted" else rotations
+        return turn(positions, self.config.head_dim, self.config.rope_base)
 
     def sharpened(self, hidden: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Hidden states, then the guess `m` of `r_t / g_t` and 1, both times a precision p.

@@ -19,7 +19,10 @@ from mmrdpm.sampling.image import (
     guidance_at,
     sample_images,
 )
-from mmrdpm.sampling.text import sample_text
+from mmrdpm.sampling import text as text_sampling
+from mmrdpm.sampling.cache import Cache
+from mmrdpm.sampling.text import by_run, sample_text
+from mmrdpm.sampling.writer import Writer, suits
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
@@ -285,6 +288,46 @@ def test_cached_text_equals_reading_everything_anew():
             break
         ids.append(choice)
     assert found == ids[3:]
+
+
+_LIKE_A_LANGUAGE_MODEL = {
+    "attention_width": 32,
+    "norm_weights": True,
+    "norm_eps": 1e-3,
+    "norm_inputs": False,
+    "rope": "shifted",
+    "tied": False,
+}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"width": 52, "ffn": 37}, {"code_geometry": True, "places": True}, _LIKE_A_LANGUAGE_MODEL],
+    ids=["plain", "odd", "geometry", "language model"],
+)
+@torch.inference_mode()
+def test_a_writer_scores_what_the_whole_model_does(variant):
+    model, tokenizer = make_models(**variant)
+    model.know_codes(tokenizer.codebook.codes, None)
+    v, tokens, scored = VOCABULARY, (1, 8, 3, 3, 19), VOCABULARY.eos + 1
+    row = pack([[[TextSegment((v.bos, 3, 4, 5))]]], 4, v, 4)
+    slow = by_run(model, Cache(model, row, len(tokens)), row, scored)
+    cache = Cache(model, row, len(tokens))
+    writer = Writer(model, cache, row.positions[:, -1:], len(tokens), scored)
+    for token in tokens:
+        expected, found = slow(token), writer.follow(token)
+        assert found.shape == (1, scored) and expected.std() > 0.05
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_text_is_written_by_the_whole_model(monkeypatch):
+    model, _ = make_models()
+    row = pack([[[TextSegment((VOCABULARY.bos, 3))]]], 2, VOCABULARY, 4)
+    monkeypatch.setattr(text_sampling, "Writer", None)  # calling it would fail
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not suits(model)
+        assert len(sample_text(model, VOCABULARY, row, 3)) <= 3
+    assert suits(model)
 
 
 def test_top_k_and_top_p_keep_what_they_should():

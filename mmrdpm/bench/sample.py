@@ -32,6 +32,7 @@ from mmrdpm.vocabulary import Vocabulary
 
 _BATCHES = (1, 8, 64)
 _TOKENS = 48  # of one text
+_WIDTHS = (256, 512, 1024)  # of the stacks that write
 _PROMPT = "A lantern is"
 
 
@@ -60,10 +61,14 @@ def lines(figures: dict[str, Any]) -> list[str]:
         seconds, share = batch["seconds_per_image"], batch["share"]
         shown.append(f"{batch['images']:15d}   {seconds:17.4f}   {share:8.1%}")
     shown.append(
-        f"text {1 / text['seconds_per_token']:,.0f} tokens per second,"
-        f" {text['times_floor']:.2f} times as long as reading the weights at"
-        f" {text['bytes_per_second'] / 1e9:.1f} GB/s"
+        f"text, reading weights at {text['bytes_per_second'] / 1e9:.1f} GB/s; a prompt"
+        f" {text['seconds_of_prompt'] * 1e3:.1f} ms"
     )
+    shown += [
+        f"{one['weight_bytes'] / 1e6:10,.1f} MB of weights   {1 / one['seconds_per_token']:6,.0f}"
+        f" tokens per second   {one['times_floor']:.2f} times as long as reading them"
+        for one in (text, *text["growth"])
+    ]
     return shown + growth_lines(figures["growth"])
 
 
@@ -118,29 +123,48 @@ def stack_weights(model: Transformer) -> int:
 
 
 def text(model: Model, rounds: int) -> dict[str, Any]:
-    """Seconds per token beside the time that reading the weights once takes."""
-    transformer, vocabulary = model.transformer, model.vocabulary
-    device = transformer.table.weight.device
+    """`writing` with the model, behind a prompt, and with random stacks that grow."""
+    prompt = (model.vocabulary.bos, *model.texts.encode(_PROMPT))
+    sizes = [Size(width=width, vocabulary=4096).built() for width in _WIDTHS]
+    return {
+        **writing(model.transformer, model.images, model.vocabulary, prompt, rounds),
+        "growth": [writing(*built, (built[2].bos, 1, 2, 3), rounds) for built in sizes],
+    }
+
+
+def writing(
+    model: Transformer,
+    images: ImageTokenizer,
+    vocabulary: Vocabulary,
+    prompt: tuple[int, ...],
+    rounds: int,
+) -> dict[str, Any]:
+    """Seconds per token, reading the prompt left out, beside those that reading weights takes."""
+    device = model.table.weight.device
     read, size = memory_read(device)
-    prompt = TextSegment((vocabulary.bos, *model.texts.encode(_PROMPT)))
-    row = pack([[[prompt]]], len(prompt.token_ids), vocabulary, model.images.latent_channels)
-    context, warm, counts = row.to(device), Choice(temperature=1.0), []
+    row = pack([[[TextSegment(prompt)]]], len(prompt), vocabulary, images.latent_channels)
+    context = row.to(device)
+    warm, counts = Choice(temperature=1.0), []
 
-    def write() -> None:
-        written = 0
-        for seed in range(4):
-            ids = sample_text(transformer, vocabulary, context, _TOKENS, seed, warm)
-            written += min(len(ids) + 1, _TOKENS)  # the end is a token too
-        counts.append(written)
+    def write(most: int) -> None:
+        texts = [sample_text(model, vocabulary, context, most, seed, warm) for seed in range(4)]
+        counts.append(sum(min(len(ids), most - 1) for ids in texts))  # tokens that were read
 
-    seconds = interleaved({"read": read, "write": write}, rounds)
-    per_token = [s / counts[0] for s in seconds["write"]]
-    scored = (vocabulary.eos + 1) * transformer.config.width
-    weights = (stack_weights(transformer) + scored) * transformer.table.weight.element_size()
+    works: dict[str, Work] = {
+        "read": read,
+        "begin": lambda: write(1),
+        "write": lambda: write(_TOKENS),
+    }
+    seconds = interleaved(works, rounds)
+    pairs = zip(seconds["begin"], seconds["write"], strict=True)
+    per_token = [(written - begun) / max(counts) for begun, written in pairs]
+    scored = (vocabulary.eos + 1) * model.config.width
+    weights = (stack_weights(model) + scored) * model.table.weight.element_size()
     floors = [weights * s / size for s in seconds["read"]]
     return {
         "bytes_per_second": size / statistics.median(seconds["read"]),
         "weight_bytes": weights,
+        "seconds_of_prompt": statistics.median(seconds["begin"]) / 4,
         "seconds_per_token": statistics.median(per_token),
         "all_rounds": per_token,
         "times_floor": ratio(per_token, floors),
@@ -155,16 +179,21 @@ class Size:
     images: int = 4
     side: int = 8  # positions are its square
     width: int = 128
+    vocabulary: int = 256  # text ids
 
     def drawing(self) -> Work:
         """Drawing with it."""
+        model, tokenizer, vocabulary = self.built()
+        return _drawing(model, tokenizer, vocabulary, (1, 2, 3), self.images, Guided())
+
+    def built(self) -> tuple[Transformer, ImageTokenizer, Vocabulary]:
+        """The model and what goes with it."""
         shape = AutoencoderConfig(4 * self.side, 16, widths=(16,), blocks=1)
         config = ImageTokenizerConfig(shape, self.timesteps, codebook_size=256)
-        tokenizer, vocabulary = ImageTokenizer(config).eval(), Vocabulary(256, 256)
+        tokenizer, vocabulary = ImageTokenizer(config).eval(), Vocabulary(self.vocabulary, 256)
         stack = TransformerConfig(4, self.width, self.width // 32, self.width // 32, 3 * self.width)
         model = api.build(stack, vocabulary, tokenizer).to(machine.device())
-        tokenizer.to(machine.device())
-        return _drawing(model, tokenizer, vocabulary, (1, 2, 3), self.images, Guided())
+        return model, tokenizer.to(machine.device()), vocabulary
 
 
 GROWTH: dict[str, dict[int, Size]] = {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from mmrdpm.document import TEXT_TIMESTEP, Packed
 from mmrdpm.sampling.cache import Cache
 from mmrdpm.sampling.choose import Choice, choose
+from mmrdpm.sampling.writer import Writer, suits
 from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
@@ -24,21 +28,39 @@ def sample_text(
     choice = choice or Choice(temperature=0)
     generator = torch.Generator().manual_seed(seed)
     cache, ids = Cache(model, context, max_tokens), list[int]()
-    hidden, position = cache.hidden[:, -1:], context.positions[:, -1:].clone()
-    latents = torch.zeros_like(context.latents[:, -1:])
-    timesteps = torch.full_like(context.timesteps[:, -1:], TEXT_TIMESTEP)
-    possible = slice(vocabulary.eos + 1)  # neither other specials nor image codes are scored
+    scored = vocabulary.eos + 1  # neither other specials nor image codes are
+    last, follow = context.positions[:, -1:], by_run(model, cache, context, scored)
+    if suits(model):
+        follow = Writer(model, cache, last, max_tokens, scored).follow
+    logits = model.logits(cache.hidden[0, -1:], slice(scored))
     while len(ids) < max_tokens:
-        logits = model.logits(hidden, possible)[0]
+        if ids:
+            logits = follow(ids[-1])
         logits[:, vocabulary.bos] = -torch.inf
         token = choose(logits, choice, [generator])
         if token == vocabulary.eos:
             break
         ids.append(int(token))
-        position[..., 0] += 1
-        hidden = model.run(token.view(1, 1), latents, timesteps, position, cache.attend)
-        cache.length += 1
     return ids
+
+
+def by_run(
+    model: Transformer, cache: Cache, context: Packed, scored: int
+) -> Callable[[int], Tensor]:
+    """What `Writer.follow` does, by the whole model."""
+    last = context.positions[:, -1:].clone()
+    latents = torch.zeros_like(context.latents[:, -1:])
+    timesteps = torch.full_like(context.timesteps[:, -1:], TEXT_TIMESTEP)
+
+    def follow(token: int) -> Tensor:
+        last[..., 0] += 1
+        hidden = model.run(
+            torch.full_like(timesteps, token), latents, timesteps, last, cache.attend
+        )
+        cache.length += 1
+        return model.logits(hidden[0], slice(scored))
+
+    return follow
 
 
 @torch.inference_mode()
