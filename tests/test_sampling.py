@@ -9,6 +9,8 @@ from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling import image
+from mmrdpm.sampling import text as text_sampling
+from mmrdpm.sampling.cache import Cache
 from mmrdpm.sampling.choose import Choice, choose, keep
 from mmrdpm.sampling.image import (
     _SEEN,
@@ -19,8 +21,6 @@ from mmrdpm.sampling.image import (
     guidance_at,
     sample_images,
 )
-from mmrdpm.sampling import text as text_sampling
-from mmrdpm.sampling.cache import Cache
 from mmrdpm.sampling.text import by_run, sample_text
 from mmrdpm.sampling.writer import Writer, suits
 from mmrdpm.transformer import Transformer, TransformerConfig
