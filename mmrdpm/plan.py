@@ -258,7 +258,7 @@ def _documents(loaded: ModelRecipe, images: ImageTokenizer) -> list[int]:
 
 def _by_document(lengths: list[int], _: Tally) -> Callable[..., Tensor]:
     """Attention as the CPU computes it."""
-    return sdpa.by_document([torch.zeros(1, 1, n, n) for n in lengths])
+    return sdpa.by_document([torch.zeros(n, n) for n in lengths])
 
 
 def _blank(rows: int, seq_len: int, images: ImageTokenizer) -> Packed:

@@ -5,14 +5,18 @@ Runs on any device, with a backward; the reference that the other backends are t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from mmrdpm.attention.layout import Layout
+
+_MULTIPLE = 8  # of tokens, to which runs are padded
 
 
 def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -26,24 +30,57 @@ def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: masked(q, k, v, visible)
     bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
     places = [(row, b, e) for row, ids in enumerate(layout.document_ids) for b, e in _runs(ids)]
-    biases = [bias[row, :, begin:end, begin:end][None] for row, begin, end in places]
-    return by_document(biases)
+    return by_document([bias[row, 0, begin:end, begin:end] for row, begin, end in places])
 
 
 def by_document(biases: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Attention inside runs of tokens that see nothing of each other.
 
+    Runs of about one length are one batch: one by one, the many small products of rows of 256
+    tokens made whole updates a quarter longer in bfloat16, and 7% in float32.
+
     Args:
-        biases: `[1, 1, L, L]` for each run, in the order of the flattened rows.
+        biases: `[L, L]` for each run, in the order of the flattened rows.
     """
-    lengths = [bias.shape[-1] for bias in biases]
+    batches: dict[int, list[tuple[int, Tensor]]] = {}
+    begin = 0
+    for bias in biases:
+        batches.setdefault(math.ceil(len(bias) / _MULTIPLE), []).append((begin, bias))
+        begin += len(bias)
+    taken, placed, padded = list[int](), [0] * begin, list[Tensor]()
+    for multiple, runs in batches.items():
+        size = multiple * _MULTIPLE
+        whole = torch.full((len(runs), 1, size, size), -torch.inf)
+        whole[..., 0] = 0  # what is padded sees something too: the softmax of nothing is no number
+        for (begin, bias), one in zip(runs, whole[:, 0], strict=True):
+            length = len(bias)
+            one[:length, :length] = bias
+            placed[begin : begin + length] = range(len(taken), len(taken) + length)
+            taken += [*range(begin, begin + length), *[begin] * (size - length)]
+        padded.append(whole)
+    return partial(_in_batches, torch.tensor(taken), torch.tensor(placed), padded)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = (x.flatten(0, 1)[None].split(lengths, 1) for x in (q, k, v))
-        documents = zip(*parts, biases, strict=True)
-        return torch.cat([written_out(*document) for document in documents], dim=1).view_as(q)
 
-    return attend
+def _in_batches(
+    taken: Tensor, placed: Tensor, biases: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Attention of batches of runs.
+
+    Args:
+        taken: int64, the position that each place of the batches holds.
+        placed: int64, the place where each position lies.
+        biases: `[B, 1, L, L]` of each batch.
+    """
+    heads, groups = q.shape[2], k.shape[2]
+    rows = torch.cat([q, k, v], dim=2).flatten(2).flatten(0, 1)
+    held = embedding(taken, rows).unflatten(-1, (-1, q.shape[-1]))  # its backward is a fast one
+    parts = held.split([len(bias) * bias.shape[-1] for bias in biases])
+    made = []
+    for part, bias in zip(parts, biases, strict=True):
+        batch = part.unflatten(0, (len(bias), -1))
+        queries, keys, values = batch.split((heads, groups, groups), dim=2)
+        made.append(written_out(queries, keys, values, bias).flatten(0, 1))
+    return embedding(placed, torch.cat(made).flatten(1)).view_as(q)
 
 
 def _runs(ids: Tensor) -> list[tuple[int, int]]:
