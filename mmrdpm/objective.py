@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from mmrdpm.document import NO_TARGET, Packed
 from mmrdpm.errors import RecipeError
@@ -82,7 +82,8 @@ def loss(
     size = PARTS.get(hidden.device.type, PARTS["cuda"])
     labels = (timesteps, targets, packed.residuals[learned])
     parts = zip(*(each.split(size) for each in (hidden, *labels)), strict=True)
-    scored = [model.once_or_twice(score, model, soft_labels, z_weight, *part) for part in parts]
+    how = (model.code_features, soft_labels, z_weight, model.scored())
+    scored = [model.once_or_twice(score, *how, *part) for part in parts]
     per_token, wanted, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
     weights = _weights(timesteps, text_weight)
     if divisor is None:
@@ -93,25 +94,30 @@ def loss(
 
 
 def score(
-    model: Transformer,
+    code_features: Tensor | None,
     soft_labels: float,
     z_weight: float,
+    rows: Tensor,
     hidden: Tensor,
     timesteps: Tensor,
     targets: Tensor,
     residuals: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every target: its cross-entropy, that of what is learned, the squared log-partition."""
-    logits = model.logits(hidden).float()
+    """Of every target: its cross-entropy, that of what is learned, the squared log-partition.
+
+    Args:
+        rows: of all ids, see `Transformer.scored`.
+    """
+    logits = linear(hidden[:, : rows.shape[1]], rows).float()
     squared_z = logits.logsumexp(-1).square() if z_weight else logits.new_zeros(len(targets))
     if not soft_labels:
         exact = cross_entropy(logits, targets, reduction="none")
         return exact, exact, squared_z
-    assert model.code_features is not None
-    codes, log_p = model.code_features[:, :-1], logits.log_softmax(-1)
-    exact = -log_p.gather(1, targets[:, None])[:, 0]
+    assert code_features is not None
+    codes, log_p = code_features[:, :-1], logits.log_softmax(-1)
     with torch.autocast(hidden.device.type, enabled=False):
         near = (2 * residuals @ codes.T - codes.square().sum(1)) / soft_labels
+    exact = -log_p.gather(1, targets[:, None])[:, 0]
     soft = -(near.softmax(-1) * log_p[:, -len(codes) :]).sum(-1)
     return exact, torch.where(timesteps > 0, soft, exact), squared_z
 

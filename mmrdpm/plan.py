@@ -233,12 +233,12 @@ def _one_pass(
         packed = _blank(rows, loaded.data.seq_len, images)
         part = PARTS["cpu" if kind == "cpu" else "cuda"]
         with tally, machine.autocast(dtype, torch.device("cpu")):
-            weights = (loaded.train.soft_labels, loaded.train.z_loss)
+            hidden = model(packed)
+            train = loaded.train
+            how = (model.code_features, train.soft_labels, train.z_loss, model.scored())
             labels = (packed.timesteps, packed.targets, packed.residuals)
-            each = (t.flatten(0, 1).split(part) for t in (model(packed), *labels))
-            scored = [
-                model.once_or_twice(score, model, *weights, *p) for p in zip(*each, strict=True)
-            ]
+            each = (t.flatten(0, 1).split(part) for t in (hidden, *labels))
+            scored = [model.once_or_twice(score, *how, *p) for p in zip(*each, strict=True)]
             sum(wanted.sum() for _, wanted, _ in scored).backward()
     positions = rows * loaded.data.seq_len
     return 4.0 * (min(part, positions) if loaded.train.recompute else positions) * vocabulary.size

@@ -337,19 +337,24 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
         """Hidden states, as `run` gives them, -> scores of token ids `[..., V]` or only of some."""
+        rows = self.scored(ids)
+        return linear(hidden[..., : rows.shape[1]], rows)
+
+    def scored(self, ids: slice = slice(None)) -> Tensor:
+        """The rows of token ids whose products with hidden states are their scores."""
         scores = self.table if self.config.tied else self.unembedding
         rows = scores.weight[ids]
         first = len(scores.weight) - len(() if self.code_features is None else self.code_features)
         start, stop, _ = ids.indices(len(scores.weight))
         if self.code_features is None or stop <= first:
-            return linear(hidden[..., : self.config.width], rows)
+            return rows
         codes = slice(max(0, start - first), stop - first)
         part = self.from_codes(self.code_features[codes])
         text = len(rows) - len(part)
         rows = torch.cat([rows[:text], rows[text:] + part])
-        if self.code_vectors is not None:
-            rows = torch.cat([rows, pad(self.code_vectors[codes], (0, 0, text, 0))], dim=-1)
-        return linear(hidden, rows)
+        if self.code_vectors is None:
+            return rows
+        return torch.cat([rows, pad(self.code_vectors[codes], (0, 0, text, 0))], dim=-1)
 
 
 @torch.no_grad()
