@@ -10,23 +10,20 @@ plans beside runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.api import build
-from mmrdpm.attention import sdpa
-from mmrdpm.attention.layout import Layout
-from mmrdpm.document import Packed
+from mmrdpm.dry_run import one_pass, positions_of
 from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
 from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
-from mmrdpm.objective import PARTS, score
 from mmrdpm.optim import Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.tally import Tally
@@ -34,15 +31,14 @@ from mmrdpm.vocabulary import Vocabulary
 
 Kind = Literal["cpu", "h100", "h200", "a100"]
 
-_PROMPT = 12  # tokens of a drawing beside its image, about
 _PER_NODE = 8  # GPUs that hybrid sharding shards over
 # what an H200 reached, see docs/scaling.md
 _REACHED = 0.7  # of the data sheet's matrix products, in 200 large ones behind each other
 _BANDWIDTH = 0.6  # of the data sheet's, in practice: an assumption
-_FUSED = 0.16  # of the bytes that operations move one by one, where torch.compile joins them
-_FROM_MEMORY = 0.6  # of the bytes that operations move on a CPU, the rest from its caches: fitted
-_CALL, _TOKEN = 13e-6, 0.8e-6  # seconds of the host for an operation, and for a token of a row
-_CONTEXT = 1.5e9  # bytes that CUDA, its libraries and the allocator's gaps take
+_FUSED = 0.39  # of the bytes that operations move one by one, where torch.compile joins them
+_THROUGH = 1.8  # times the bytes that operations move on a CPU, slower than one addition: fitted
+_CALL, _TOKEN = 42e-6, 0.8e-6  # seconds of the host for an operation, and for a token of a row
+_CONTEXT = 3.0e9  # bytes that CUDA, its libraries and gaps between tensors took: 2.8 and 3.2
 _HOLES = 1.2  # what glibc's heap takes over what lives, as `machine.prepare` sets it: measured
 _PROGRAM = 0.55e9  # bytes that an emoji run on the CPU held before its first update, measured
 
@@ -110,7 +106,17 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     update, optimizer = Tally(), Tally()
     passes = rows // gpus / micro
     added = sharded or passes > 1  # a gradient is added to what is there, and gone
-    logits = _one_pass(loaded, images, vocabulary, micro, kind, added, sharded, update)
+    logits = one_pass(
+        loaded,
+        images,
+        vocabulary,
+        micro,
+        _dtype(loaded, kind),
+        update,
+        on_cpu=kind == "cpu",
+        added=added,
+        sharded=sharded,
+    )
     _optimise(loaded, model, kind, gpus, optimizer)
     whole = 4.0 * parameters
     held = whole / share if sharded else whole
@@ -137,7 +143,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
         kind=kind,
         sharded=sharded,
         parameters=parameters,
-        tokens_per_image=images.num_timesteps * _positions(images),
+        tokens_per_image=images.num_timesteps * positions_of(images),
         memory=memory,
         peak=peak,
         room=room,
@@ -196,104 +202,6 @@ def _image_spec(name: str) -> ImageTokenizerConfig:
             f"{error}; before it is trained, plan with its recipe: tokenizers.image=RECIPE.yaml"
         ) from None
     return recipe.load(ImageTokenizerConfig, folder / SPEC_FILE)
-
-
-def _positions(images: ImageTokenizer) -> int:
-    size = 1
-    for side in images.grid:
-        size *= side
-    return size
-
-
-def _one_pass(
-    loaded: ModelRecipe,
-    images: ImageTokenizer,
-    vocabulary: Vocabulary,
-    rows: int,
-    kind: Kind,
-    added: bool,
-    sharded: bool,
-    tally: Tally,
-) -> float:
-    """Forward and backward of some rows, every position with a target; gives the logits' bytes."""
-    dtype = _dtype(loaded, kind)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(loaded.model, vocabulary, images)
-        model.recompute = loaded.train.recompute
-        lengths = _documents(loaded, images)
-        attend = _by_document if kind == "cpu" else _by_kernel
-        attended = attend([n for _ in range(rows) for n in lengths], tally)
-        model.plan = lambda _: attended
-        for linear in [*model.attentions.modules(), *model.feed_forwards.modules()]:
-            if sharded and isinstance(linear, nn.Linear):  # gathered narrow, where others copy
-                linear.weight = nn.Parameter(linear.weight.detach().to(dtype))
-        if added:
-            for p in model.parameters():
-                p.register_post_accumulate_grad_hook(_forget)
-        packed = _blank(rows, loaded.data.seq_len, images)
-        part = PARTS["cpu" if kind == "cpu" else "cuda"]
-        with tally, machine.autocast(dtype, torch.device("cpu")):
-            hidden = model(packed)
-            train = loaded.train
-            how = (model.code_features, train.soft_labels, train.z_loss, model.scored())
-            labels = (packed.timesteps, packed.targets, packed.residuals)
-            each = (t.flatten(0, 1).split(part) for t in (hidden, *labels))
-            scored = [model.once_or_twice(score, *how, *p) for p in zip(*each, strict=True)]
-            sum(wanted.sum() for _, wanted, _ in scored).backward()
-    positions = rows * loaded.data.seq_len
-    return 4.0 * (min(part, positions) if loaded.train.recompute else positions) * vocabulary.size
-
-
-def _forget(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _documents(loaded: ModelRecipe, images: ImageTokenizer) -> list[int]:
-    """Lengths of the documents of a row full of drawings, the longest of the embedded mixture."""
-    plan = loaded.data
-    length = min(plan.seq_len, plan.steps_per_image * _positions(images) + _PROMPT)
-    whole, rest = divmod(plan.seq_len, length)
-    return [length] * whole + [rest] * (rest > 0)
-
-
-def _by_document(lengths: list[int], _: Tally) -> Callable[..., Tensor]:
-    """Attention as the CPU computes it."""
-    return sdpa.by_document([torch.zeros(n, n) for n in lengths])
-
-
-def _blank(rows: int, seq_len: int, images: ImageTokenizer) -> Packed:
-    def number() -> Tensor:
-        return torch.zeros(rows, seq_len, dtype=torch.int64)
-
-    latents = torch.zeros(rows, seq_len, 2 * images.latent_channels)
-    positions = torch.zeros(rows, seq_len, 1 + len(images.grid), dtype=torch.int64)
-    layout = Layout(number(), number(), number())
-    residuals = latents[..., : images.latent_channels]
-    return Packed(number(), latents, number(), number(), residuals, positions, layout)
-
-
-class _Exact(torch.autograd.Function):
-    """A fused kernel: two products of `pairs x D` forward, five backward (Dao et al. 2022, arXiv
-    2205.14135, appendix B); it keeps its inputs and its output."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: float, tally: Tally) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.tally, ctx.product = tally, 2 * pairs * q.shape[-2] * q.shape[-1]
-        tally.flops += 2 * ctx.product
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.tally.flops += 5 * ctx.product
-        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None, None
-
-
-def _by_kernel(lengths: list[int], tally: Tally) -> Callable[..., Tensor]:
-    """Attention as a fused kernel on a GPU computes it."""
-    pairs = float(sum(n * n for n in lengths))
-    return lambda q, k, v: _Exact.apply(q, k, v, pairs, tally)
 
 
 def _optimise(loaded: ModelRecipe, model: nn.Module, kind: Kind, gpus: int, tally: Tally) -> None:
@@ -374,4 +282,4 @@ def _seconds(
         return max(device, calls * _CALL) + rows * loaded.data.seq_len * _TOKEN
     here = torch.device("cpu")
     rate = machine.measured_rate(here, _dtype(loaded, kind), side=2048)
-    return flops / rate + _FROM_MEMORY * (passed + beside) / machine.measured_bandwidth(here)
+    return flops / rate + _THROUGH * (passed + beside) / machine.measured_bandwidth(here)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +20,7 @@ class Tally(TorchDispatchMode):
         flops: of matrix products.
         moved: bytes read and written by all operations but views.
         calls: operations but views.
+        multiplied: storages that went into matrix products or came out of them.
         live, peak: bytes of what was made below and still is, now and at most.
     """
 
@@ -26,6 +28,7 @@ class Tally(TorchDispatchMode):
         super().__init__()
         self.flops = self.moved = self.live = self.peak = 0.0
         self.calls = 0
+        self.multiplied: set[int] = set()
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -35,7 +38,9 @@ class Tally(TorchDispatchMode):
         out = func(*args, **kwargs)
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
-        if not _is_view(func):
+            operands = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
+            self.multiplied |= {t.untyped_storage()._cdata for t in operands}
+        if not _is_view(func) and func is not torch.ops.prim.device.default:  # a question only
             self.calls += 1
             given, made = (
                 [t for t in tree_leaves(tree) if isinstance(t, Tensor)]

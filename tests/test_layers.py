@@ -23,7 +23,7 @@ FLOORS = [
         "samples",
         "evaluation",
     },
-    {"bench", "export", "quickstart", "sweep", "plan", "doctor"},
+    {"bench", "export", "quickstart", "sweep", "plan", "dry_run", "doctor"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -2,14 +2,17 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmrdpm import machine, plan, recipe
+from mmrdpm import dry_run, machine, plan, recipe
 from mmrdpm.api import build
 from mmrdpm.cli import main
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import lines, make_plan
@@ -57,6 +60,17 @@ def test_the_tally_counts_one_product_and_what_lives_at_once():
     assert tally.flops == 2 * 10 * 20 * 30
     assert tally.peak >= 4 * (10 * 20 + 20 * 30 + 10 * 30)
     assert tally.live == c.numel() * 4
+
+
+def test_operations_count_alike_with_memory_and_without():
+    """Torch asks a tensor without memory for its device, time and again, as for an operation."""
+    tallies = []
+    for mode in (nullcontext(), FakeTensorMode()):
+        with mode, Tally() as tally:
+            x = torch.ones(10, 20, requires_grad=True)
+            torch.nn.functional.rms_norm(x @ x.T, (10,)).sum().backward()
+        tallies.append((tally.calls, tally.moved, tally.flops))
+    assert tallies[0] == tallies[1]
 
 
 def test_what_dies_views_and_what_is_there_already_take_nothing():
@@ -211,3 +225,24 @@ def test_a_container_without_a_limit_has_the_memory_of_its_machine(tmp_path, mon
     assert machine.main_memory() == 2048 * 1024
     (tmp_path / "memory.max").write_text("4096\n")
     assert machine.main_memory() == 4096
+
+
+def test_compiled_layers_hold_what_goes_into_products_and_comes_out(tiny_recipe):
+    """Per position and layer neither the copy of q and k that is normalised nor silu's output."""
+    size = ["data.rows=8", "data.seq_len=512", "model.width=256", "model.heads=4", "model.ffn=512"]
+    compiled, plain = (
+        make_plan(load(tiny_recipe, *size, f"train.compile={on}"), 1, "h100")
+        for on in ("true", "false")
+    )
+    spared = 8 * 512 * 2 * (4 * (256 + 128) + 2 * 512)  # positions, layers; float32, bfloat16
+    assert plain.peak - compiled.peak == pytest.approx(spared, rel=0.05)
+    assert compiled.flops == plain.flops
+
+
+def test_a_row_of_drawings_alone_ends_in_padding_that_has_no_target():
+    data = DataPlan(image_share=1.0, caption_share=0.0, steps_per_image=4, seq_len=256)
+    mixed = DataPlan(image_share=0.9, caption_share=0.1, steps_per_image=4, seq_len=256)
+    lengths = dry_run.documents(data, 16)
+    assert lengths == [76, 76, 76, 28] == dry_run.documents(mixed, 16)
+    assert dry_run.targets(data, lengths) == 3 * 75
+    assert dry_run.targets(mixed, lengths) == 3 * 75 + 27
