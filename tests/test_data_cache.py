@@ -241,7 +241,7 @@ def test_a_cache_of_mostly_broken_or_of_other_records_is_an_error(
     capsys.readouterr()
     assert main([*command, "data.max_broken_share=0.1"]) == 1  # again, with nothing left to make
     said = capsys.readouterr().err
-    assert "1 of 12 left out: no caption" in said and "2 of 12 records are broken" in said
+    assert "1 of 12 left out: no caption" in said and "2 of 12 of its records are broken" in said
     (tmp_path / "t.jsonl").write_text('{"text": "no picture"}\n')
     source = open_source("t", SourceConfig("text", path=str(tmp_path / "t.jsonl")))
     with pytest.raises(DataError, match="is no image-text pair"):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from mmrdpm.data.pictures import PictureError, open_picture
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.data.sources.cached import shard_path
+from mmrdpm.data.texts import TextPlan, read_texts
 from mmrdpm.errors import DataError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.vocabulary import Vocabulary
 
 BOM = b"\xef\xbb\xbf"
+STOPS = [(4, 3, True), (40, 1, False), (8, 1, True)]  # shards, how many of them are cut
 
 
 def opened(kind, path, **keys):
@@ -198,7 +201,7 @@ def cut_shards(folder, count, cut):
     return folder / "*.tar"
 
 
-@pytest.mark.parametrize(("count", "cut", "stops"), [(4, 3, True), (40, 1, False), (8, 1, True)])
+@pytest.mark.parametrize(("count", "cut", "stops"), STOPS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_cut_shards_are_told_and_stop_the_run_where_they_are_many(
     count, cut, stops, world_size, tiny_tokenizers, tmp_path, capsys
@@ -227,6 +230,35 @@ def test_cut_shards_are_told_and_stop_the_run_where_they_are_many(
         assert 1 <= said.count("mmrdpm: warning: ") <= world_size  # once, though read twice
         assert "00.tar: damaged: " in said and "its later records are left out" in said
         assert all(loader.rows.broken().total() for loader in loaders)
+
+
+@pytest.mark.parametrize(("count", "cut", "stops"), STOPS)
+def test_a_text_tokeniser_takes_cut_shards_as_training_does(count, cut, stops, tmp_path, capsys):
+    path = cut_shards(tmp_path / "s", count, cut)
+    plan = TextPlan({"s": SourceConfig("webdataset", path=str(path))})
+    refusal = pytest.raises(DataError, match=r"sources\.s: \d of \d shards.*tar: .*start again")
+    with refusal if stops else nullcontext():
+        assert len(list(read_texts(plan))) > 9 * (count - cut)
+    assert ".tar: damaged: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "cut", "stops"), STOPS)
+def test_a_cache_takes_cut_shards_as_training_does(
+    count, cut, stops, tiny_tokenizers, tmp_path, capsys
+):
+    path = cut_shards(tmp_path / "s", count, cut)
+    made = tmp_path / "r.yaml"
+    names = json.dumps({t: str(tiny_tokenizers / t) for t in ("image", "text")})
+    source = json.dumps({"type": "webdataset", "path": str(path)})
+    made.write_text(f"kind: model\ntokenizers: {names}\ndata: {{sources: {{s: {source}}}}}\n")
+    command = ["data", "cache", str(made), "--out", str(tmp_path / "c")]
+    for _ in range(2):  # the second time with fewer shards to make, or none
+        assert main(command) == stops
+        said = capsys.readouterr().err
+        assert bool(re.search(r"data\.sources\.s: \d of \d+ shards read are", said)) == stops
+        assert ("is deleted" in said) == stops
+    assert main([*command, "data.max_broken_share=0.8"]) == 0
+    assert f"s: {cut} of " in capsys.readouterr().err
 
 
 def test_inspect_names_damaged_shards(tmp_path):

@@ -90,7 +90,7 @@ def test_a_tokeniser_learns_from_the_texts_and_captions_of_any_source(tmp_path):
     assert len(trained.encode("zyzzyva number 7")) < 6
     for line in ("no JSON", '{"text": "\\ud83d"}'):
         (tmp_path / "t.jsonl").write_text(f"{line}\n" * 40)
-        with pytest.raises(DataError, match="40 of 40 records are broken"):
+        with pytest.raises(DataError, match=r"lines: 40 of 40 of its .* then start again"):
             list(read_texts(TextPlan(sources)))
 
 

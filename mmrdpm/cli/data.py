@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmrdpm import distributed, machine, recipe, shipped
 from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
 from mmrdpm.data.cache import CacheWriter
+from mmrdpm.data.faults import ReadOnce
 from mmrdpm.data.inspect import guess, inspect
-from mmrdpm.data.packing import check_broken
 from mmrdpm.data.records import Indexed, Source
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import MmrdpmError, UsageError
@@ -126,20 +125,19 @@ def _fill(
     mine = range(rank, writer.manifest.shards, world_size)
     missing = [i for i in writer.missing() if i in mine]
     make = writer.write_by_ray if options.ray else lambda shards: map(writer.write, shards)
-    broken, seen = Counter[str](), 0  # of this process
+    mended = f"what was mended is read again where {writer.folder} is deleted"
+    counts = ReadOnce(name, writer.source, max_broken_share, mended)  # of this process
     with _progress(name, len(mine), len(mine) - len(missing)) as advance:
-        for kept, skipped in make(missing):
+        for done, (kept, skipped) in enumerate(make(missing), start=1):
             advance()
             for record in skipped:
                 print(record, file=sys.stderr)
-            broken.update(record.cause for record in skipped)
-            seen += kept + len(skipped)
-            check_broken(broken, seen, max_broken_share, skipped[-1] if skipped else None)
+            counts.add(kept + len(skipped), skipped, done)
     if not writer.missing():  # of all processes, whoever made which
         seen, broken = writer.totals()
         for cause, number in broken.most_common():
             print(f"{name}: {number} of {seen} left out: {cause}", file=sys.stderr)
-        check_broken(broken, seen, max_broken_share, at_least=1)
+        counts.check(seen, broken, writer.manifest.shards)
 
 
 @contextmanager

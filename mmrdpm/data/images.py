@@ -20,7 +20,8 @@ from torch import Tensor
 from mmrdpm import distributed
 from mmrdpm.data.documents import Draft, ImageDraft
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.data.loader import SkippedLog, check_unchanged, merge_states
+from mmrdpm.data.faults import SkippedLog
+from mmrdpm.data.loader import check_unchanged, merge_states
 from mmrdpm.data.mixture import Mixture
 from mmrdpm.data.pictures import PictureError, open_picture, picture_of, to_square, to_tensor
 from mmrdpm.data.plan import DataPlan

@@ -81,7 +81,7 @@ def inspect(source: Source, count: int, seed: int = 0) -> Findings:
         DataError: the source cannot be read at all.
     """
     findings = Findings()
-    for record in first_epoch(source, str(seed), count):
+    for _, record in first_epoch(source, str(seed), count):
         _look(record, findings)
     return findings
 

@@ -7,8 +7,6 @@ them and restored by another. docs/data.md says precisely what is promised.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,11 +20,10 @@ from mmrdpm import distributed
 from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.documents import Draft, Drafter
 from mmrdpm.data.emoji_stream import EmojiStream
+from mmrdpm.data.faults import SkippedLog
 from mmrdpm.data.mixture import Mixture
-from mmrdpm.data.packing import Skipped
 from mmrdpm.data.pictures import to_tensor
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import DAMAGED_SHARD
 from mmrdpm.data.rows import InOrder, Lanes, Stream
 from mmrdpm.data.sources import open_source
 from mmrdpm.data.sources.cached import CachedLatents
@@ -190,28 +187,6 @@ def check_unchanged(now: Mapping[str, str], saved: Mapping[str, str]) -> None:
             f"the data changed since the run was saved ({', '.join(changed)}): its place in"
             " them means nothing now: put them back as they were, or begin a new run"
         )
-
-
-class SkippedLog:
-    """Where the records that are left out are told.
-
-    Args:
-        path: of a file that gets a JSON line per record, None for none.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path, self._told = path, set[str]()
-
-    def add(self, skipped: Sequence[Skipped]) -> None:
-        """Adds records; a damaged shard, which is more than one, also goes to stderr, once."""
-        if skipped and self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
-                for s in skipped:
-                    file.write(json.dumps({"source": s.source, **vars(s.record)}) + "\n")
-        for record in (s.record for s in skipped if s.record.cause == DAMAGED_SHARD):
-            if record.key not in self._told:
-                self._told.add(record.key)
-                print(f"mmrdpm: warning: {record.key}: damaged: {record.detail}", file=sys.stderr)
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

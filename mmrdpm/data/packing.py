@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmrdpm.data.documents import Draft
+from mmrdpm.data.faults import Skipped
 from mmrdpm.data.mixture import Item
 from mmrdpm.data.records import Broken
 from mmrdpm.errors import DataError
 
-_AT_LEAST = 1000  # records before a share of broken ones means anything
 _IN_A_ROW = 500
-_SHARDS_AT_LEAST = 100
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A record that was left out, and why."""
-
-    source: str
-    record: Broken
 
 
 class Lane:
@@ -152,80 +141,4 @@ def too_long(document: str, size: int, seq_len: int) -> str:
     return (
         f"{document} takes {size} tokens, more than data.seq_len {seq_len}: raise it, or lower"
         " data.steps_per_image"
-    )
-
-
-def check_broken(
-    broken: Counter[str],
-    seen: int,
-    max_share: float,
-    last: Broken | None = None,
-    at_least: int = _AT_LEAST,
-) -> None:
-    """Stops a run too many of whose data are broken.
-
-    Args:
-        at_least: what `seen` counts as if it is less: a few at the start mean nothing.
-
-    Raises:
-        DataError: more than `max_share` of the records seen are broken.
-    """
-    if broken.total() > max_share * max(seen, at_least):
-        raise _too_many(f"{broken.total()} of {seen} records are", max_share, broken, last)
-
-
-def check_sources(
-    counts: Mapping[str, tuple[int, int]],
-    broken: Counter[str],
-    max_share: float,
-    last: Sequence[Skipped],
-) -> None:
-    """Stops a run one of whose sources is broken, however small its share of the whole.
-
-    Args:
-        counts: records seen and broken, by source.
-        broken: by source and cause.
-        last: of the broken ones, for an example.
-
-    Raises:
-        DataError: more than `max_share` of the records seen of a source are broken.
-    """
-    for name, (seen, total) in counts.items():
-        if total > max_share * max(seen, _AT_LEAST):
-            causes = Counter({c: n for c, n in broken.items() if c.startswith(f"{name}: ")})
-            example = next((s.record for s in reversed(last) if s.source == name), None)
-            what = f"data.sources.{name}: {total} of {seen} of its records are"
-            raise _too_many(what, max_share, causes, example)
-
-
-def check_shards(last: Skipped, damaged: int, begun: float, shards: int, max_share: float) -> None:
-    """Stops a run that loses much of a source at shards that are cut.
-
-    Args:
-        last: of the source's damaged ones.
-        begun: shards that were begun, rounded up to a multiple of `_SHARDS_AT_LEAST`, or of all
-            `shards` of the source where there are fewer: the damaged may come first.
-
-    Raises:
-        DataError: more than `max_share` of the shards begun are damaged.
-    """
-    block = min(shards, _SHARDS_AT_LEAST)
-    if damaged > max_share * block * math.ceil(begun / block):
-        raise DataError(
-            f"data.sources.{last.source}: {damaged} of {max(damaged, round(begun))} shards read are"
-            f" damaged, and their later records lost, more than data.max_broken_share {max_share};"
-            f" the last: {last.record.key}: mend them in place, under the same names, or raise the"
-            " share; a run then goes on with --resume"
-        )
-
-
-def _too_many(
-    what: str, max_share: float, broken: Counter[str], last: Broken | None = None
-) -> DataError:
-    causes = ", ".join(f"{count} {cause}" for cause, count in broken.most_common(5))
-    example = f"; the last: {last.key} {last.detail}".rstrip() if last else ""
-    return DataError(
-        f"{what} broken, more than data.max_broken_share {max_share}:"
-        f" {causes}{example}: mend the files in place, under the same names (lines of JSONL with"
-        " the same lengths), or raise data.max_broken_share; a run then goes on with --resume"
     )

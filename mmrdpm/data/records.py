@@ -161,13 +161,16 @@ class Sharded(Source):
                 raise DataError(f"{self}: the shards hold no records")
 
 
-def first_epoch(source: Source, seed: str, limit: int) -> Iterator[Record]:
-    """At most `limit` records of a source in a shuffled order, and no more than it has."""
+def first_epoch(source: Source, seed: str, limit: int) -> Iterator[tuple[Place, Record]]:
+    """At most `limit` records of a source in a shuffled order, and no more than it has.
+
+    Each comes with the place after it, of one lane alone.
+    """
     limit = min(limit, len(source)) if isinstance(source, Indexed) else limit
     for place, record in islice(source.records(0, 1, seed, None), limit):
         if not isinstance(source, Indexed) and place[0] > 0:  # the next epoch of its shards
             return
-        yield record
+        yield place, record
 
 
 def shuffled(position: int, size: int, seed: str, epoch: int) -> int:

@@ -15,15 +15,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmrdpm.data.documents import Draft
+from mmrdpm.data.faults import Skipped, check_broken, check_shards, check_sources
 from mmrdpm.data.mixture import Item, Mixture
-from mmrdpm.data.packing import (
-    Lane,
-    Skipped,
-    check_broken,
-    check_shards,
-    check_sources,
-    too_long,
-)
+from mmrdpm.data.packing import Lane, too_long
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.records import DAMAGED_SHARD, Sharded, Source
 from mmrdpm.errors import DataError, MmrdpmError
@@ -170,7 +164,7 @@ class Lanes:
             if state and (place := state["place"]["next"].get(last.source)):
                 begun += source.begun(lane, self.plan.rows, place)
         damaged, share = broken[f"{last.source}: {DAMAGED_SHARD}"], self.plan.max_broken_share
-        check_shards(last, damaged, begun, source.num_shards(), share)
+        check_shards(last.source, damaged, begun, source.num_shards(), share, last.record)
 
     def seen(self) -> int:
         """How many records this rank has read since the run began."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mmrdpm.data.emoji import load_emoji
+from mmrdpm.data.faults import ReadOnce, Skipped, SkippedLog
 from mmrdpm.data.glosses import load_glosses
-from mmrdpm.data.packing import check_broken
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import Broken, Interleaved, Record, Text, first_epoch
+from mmrdpm.data.records import Broken, Interleaved, Record, Sharded, Text, first_epoch
 from mmrdpm.data.sources import SourceConfig, open_source
+
+_AGAIN = "then start again"
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,25 @@ def read_texts(plan: TextPlan) -> Iterator[str]:
     """The plan's texts, the same at every call.
 
     Raises:
-        DataError: a source cannot be read, or too many of its records are broken.
+        DataError: a source cannot be read, or too many of its records or shards are broken.
     """
     if not plan.sources:
         data = load_emoji(8)
         yield from (data.names[i] for i in data.indices("train"))
         yield from load_glosses()
     for name, config in plan.sources.items():
-        broken: Counter[str] = Counter()
         source, limit = open_source(name, config), round(plan.records * config.weight)
-        seen, last = 0, None
-        for record in first_epoch(source, "texts", limit):
-            seen += 1
+        log, counts = SkippedLog(None), ReadOnce(name, source, plan.max_broken_share, _AGAIN)
+        begun = 0.0
+        for place, record in first_epoch(source, "texts", limit):
+            begun = source.begun(0, 1, place) if isinstance(source, Sharded) else 0
             fault = record if isinstance(record, Broken) else _not_unicode(record)
-            if fault:
-                broken[f"{name}: {fault.cause}"] += 1
-                last = fault
-                check_broken(broken, seen, plan.max_broken_share, last)
-            else:
+            skipped = [fault] if fault else []
+            log.add([Skipped(name, broken) for broken in skipped])
+            counts.add(1, skipped, begun)
+            if not fault:
                 yield from _texts_of(record)
-        check_broken(broken, seen, plan.max_broken_share, last, at_least=1)
+        counts.check(counts.seen, counts.broken, begun)
 
 
 def _not_unicode(record: Record) -> Broken | None:
