@@ -52,6 +52,18 @@ class CheckpointPolicy:
 MAY_CHANGE = frozenset(f"checkpoint.{key.name}" for key in fields(CheckpointPolicy))
 
 
+def save_before_fault(step: int, saved: int, save: Callable[[], None]) -> str:
+    """Saves the updates done before a batch that failed; says so. All ranks must call it.
+
+    Args:
+        saved: updates that the last checkpoint holds, 0 where there is none.
+    """
+    if step > saved:
+        save()
+    held = "this step is the last saved" if step else "nothing was done yet, nothing is saved"
+    return f"step {step}  no next batch: {held}"
+
+
 def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) -> None:
     """Looks whether a run may begin in a folder, which is made, or go on in it.
 

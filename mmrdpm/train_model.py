@@ -250,13 +250,11 @@ class Trainer:
         self.saved = step
 
     def save_before_fault(self, run: Path) -> str:
-        """Saves all updates done before a batch that failed; says so. All ranks must call it."""
+        """See `checkpoint.save_before_fault`; what is still being written is waited for."""
         self.loader.undo()
-        if self.step > self.saved:
-            self.save(run)
+        said = checkpoint.save_before_fault(self.step, self.saved, lambda: self.save(run))
         self.writer.finish()
-        saved = "this step is the last saved" if self.step else "nothing was done yet"
-        return f"step {self.step}  no next batch: {saved}"
+        return said
 
     def _sharded(self, moments: Collection[str] = ()) -> dict[str, Tensor]:
         """What is cut over the ranks of a sharded model, by name; see `Optimizers.moments`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -122,9 +123,8 @@ def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) ->
                 phase, losses = next(updates)
             except (DataError, SystemExit):  # of all ranks alike, before the update has begun
                 trainer.data.undo()
-                if trainer.step > saved:
-                    save(trainer, run, policy)
-                monitor.say(f"step {trainer.step}  no next batch: this step is the last saved")
+                write = partial(save, trainer, run, policy)
+                monitor.say(checkpoint.save_before_fault(trainer.step, saved, write))
                 raise
             step = trainer.step
             dog.doing(f"update {step + 1}")

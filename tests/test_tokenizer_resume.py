@@ -46,11 +46,13 @@ def finished(mapping, tmp_path_factory):
     return run
 
 
-# in the first phase, at its end while it settles, and after
+# before the first update, in the first phase, at its end while it settles, and after
 @pytest.mark.parametrize(
-    ("step", "fails"), [(3, 4 * 3 + 2), (8, 4 * 8 + 6), (10, 4 * 8 + 16 + 8 * 2 + 6)]
+    ("step", "fails"), [(0, 2), (3, 4 * 3 + 2), (8, 4 * 8 + 6), (10, 4 * 8 + 16 + 8 * 2 + 6)]
 )
-def test_a_source_that_fails_costs_no_update(step, fails, mapping, finished, tmp_path, monkeypatch):
+def test_a_source_that_fails_costs_no_update(
+    step, fails, mapping, finished, tmp_path, monkeypatch, capsys
+):
     """Four pictures an update at first, 16 to settle, then eight: it fails within a batch."""
     run, given, read = tmp_path / "run", Counter(), Lane.row
 
@@ -64,7 +66,10 @@ def test_a_source_that_fails_costs_no_update(step, fails, mapping, finished, tmp
         patch.setattr(Lane, "row", fail_once)
         with pytest.raises(DataError, match="the network is gone"):
             train_image(load(mapping), run)
-    assert checkpoint.step_of(checkpoint.newest(run)) == step
+    newest, said = checkpoint.newest(run), capsys.readouterr().err
+    assert (checkpoint.step_of(newest) if newest else 0) == step
+    held = "this step is the last saved" if newest else "nothing was done yet, nothing is saved"
+    assert f"step {step}  no next batch: {held}" in said
     changed = {
         **mapping,
         "data": {**mapping["data"], "max_broken_share": 0.9},

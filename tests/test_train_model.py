@@ -169,6 +169,20 @@ def test_a_source_that_fails_costs_no_update(workers, texts_recipe, tmp_path, mo
     assert newest_bytes(run) == newest_bytes(whole)
 
 
+def test_a_source_that_fails_at_once_leaves_nothing_and_says_so(
+    texts_recipe, tmp_path, monkeypatch, capsys
+):
+    def fail(lane):
+        raise DataError("the network is gone")
+
+    monkeypatch.setattr(Lane, "row", fail)
+    with pytest.raises(DataError, match="the network is gone"):
+        train(recipe.load(ModelRecipe, texts_recipe), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "step 0  no next batch: nothing was done yet, nothing is saved" in said
+    assert checkpoint.newest(tmp_path / "run") is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")
 def test_what_a_run_saves_logs_and_draws_may_change_on_the_way(tiny_recipe, tiny_run, tmp_path):
     run = tmp_path / "run"
