@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.cli import main
+from mmrdpm.data import lines
 from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.inspect import inspect
 from mmrdpm.data.loader import Loader
@@ -152,6 +153,19 @@ def test_blank_lines_and_marks_of_windows_are_no_records(tmp_path):
     path.write_bytes(BOM + b"\r\n")
     with pytest.raises(DataError, match="the source is empty"):
         opened("text", path)
+
+
+def test_long_files_of_lines_show_how_far_they_are_read_and_short_ones_do_not(
+    tmp_path, monkeypatch, capsys
+):
+    for name, count in (("a", 2), ("b", 40)):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n' * count)
+    assert len(opened("text", tmp_path)) == 42 and capsys.readouterr().err == ""
+    monkeypatch.setattr(lines, "_LONG", 42 * 14)
+    assert len(opened("text", tmp_path)) == 42
+    assert re.search(r"looking for lines .*588/588 bytes", capsys.readouterr().err)
+    monkeypatch.setattr(lines, "_LONG", 42 * 14 + 1)
+    assert len(opened("text", tmp_path)) == 42 and capsys.readouterr().err == ""
 
 
 def test_a_mark_at_the_start_is_no_part_of_a_text(tmp_path):

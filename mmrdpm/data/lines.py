@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from codecs import BOM_UTF8
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmrdpm import distributed
 from mmrdpm.data.records import Broken
 from mmrdpm.errors import DataError
 
 MAX_BYTES = 64_000_000  # of one line, or of one member of an archive
 _CHUNK = 1 << 24
+_LONG = 1 << 30  # bytes of which the reading takes seconds, or minutes over a network
 
 
 class LineFiles:
@@ -29,13 +34,14 @@ class LineFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self.starts, self.ends = [], []
-        for path in paths:
-            try:
-                starts, ends = _spans(path)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-            self.starts.append(starts)
-            self.ends.append(ends)
+        with _progress(sum(path.stat().st_size for path in paths if path.is_file())) as advance:
+            for path in paths:
+                try:
+                    starts, ends = _spans(path, advance)
+                except OSError as error:
+                    raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+                self.starts.append(starts)
+                self.ends.append(ends)
         self.totals = np.cumsum([len(starts) for starts in self.starts])
         if not len(self):
             raise DataError(f"{', '.join(map(str, paths[:3]))}: no lines: the source is empty")
@@ -93,7 +99,23 @@ class LineFiles:
         return file, index - int(self.totals[file - 1] if file else 0)
 
 
-def _spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that is told of bytes read, where there are many."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=total < _LONG or not distributed.is_main(),
+    )
+    task = bar.add_task("looking for lines", total=total)
+    with bar:
+        yield lambda count: bar.advance(task, count)
+
+
+def _spans(path: Path, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
     """First byte and end of every line that is not blank, int64."""
     with open(path, "rb") as stream:
         marked = stream.read(len(BOM_UTF8)) == BOM_UTF8
@@ -102,6 +124,7 @@ def _spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
         while chunk := stream.read(_CHUNK):
             breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
             size += len(chunk)
+            advance(len(chunk))
     ends = np.append(np.concatenate(breaks), size)
     starts, ends = ends[:-1] + 1, ends[1:]
     kept = ends > starts
