@@ -118,24 +118,15 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
         sharded=sharded,
     )
     _optimise(loaded, model, kind, gpus, optimizer)
-    whole = 4.0 * parameters
-    held = whole / share if sharded else whole
-    moments = _moments(loaded, model) / (share if sharded else 1)
-    gathered = 4.0 * _outside(model) if sharded else 0.0  # the embeddings, for the whole pass
-    spent = update.peak * (_HOLES if kind == "cpu" else 1)
-    lasting = {
-        "weights": held,
-        "optimiser": moments,
-        "average": held if loaded.train.ema else 0.0,
-        "gathered": gathered,
-        "program": _PROGRAM if kind == "cpu" else _CONTEXT,
-    }
+    parts = share if sharded else 1
+    lasting = _lasting(loaded, model, kind, parts)
+    held, spent = lasting["weights"], update.peak * (_HOLES if kind == "cpu" else 1)
     activations = max(0.0, spent - logits - (0 if added else held))
     memory = {**lasting, "gradients": held, "logits": logits, "activations": activations}
     beside = held if added else 0.0  # else gradients come while activations go
     peak = sum(lasting.values()) + max(spent + beside, held)
     flops = passes * update.flops + optimizer.flops
-    passed, beside = passes * update.moved, optimizer.moved / (share if sharded else 1)
+    passed, beside = passes * update.moved, optimizer.moved / parts
     calls = passes * update.calls + optimizer.calls
     return Plan(
         recipe=loaded,
@@ -151,6 +142,18 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
         moved=passed + beside,
         seconds=_seconds(loaded, kind, flops, (passed, beside), calls, rows // gpus),
     )
+
+
+def _lasting(loaded: ModelRecipe, model: nn.Module, kind: Kind, parts: int) -> dict[str, float]:
+    """Bytes that are held from update to update, of a model in so many parts."""
+    held = 4.0 * sum(p.numel() for p in model.parameters()) / parts
+    return {
+        "weights": held,
+        "optimiser": _moments(loaded, model) / parts,
+        "average": held if loaded.train.ema else 0.0,
+        "gathered": 4.0 * _outside(model) if parts > 1 else 0.0,  # embeddings, for the whole pass
+        "program": _PROGRAM if kind == "cpu" else _CONTEXT,
+    }
 
 
 def lines(plan: Plan) -> Iterator[str]:
