@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (what needs the extra is imported after it was looked for)
-"""What several peers share: residual codes, captions as they see them."""
+"""What several peers share: their recipe, residual codes, captions as they see them, plots."""
 
 import pytest
 import torch
@@ -7,9 +7,20 @@ import torch
 for package in ("diffusers", "transformers", "transfusion_pytorch", "matplotlib"):
     pytest.importorskip(package, reason="the extra `peers` is not installed")
 
+from mmrdpm import recipe, shipped
+from mmrdpm.bench.peers import report
 from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.llama import prefix_mask
-from mmrdpm.bench.peers.protocol import left_padded
+from mmrdpm.bench.peers.protocol import PeerBench, left_padded
+
+
+@pytest.mark.parametrize(
+    "path", sorted((shipped.folder("recipes") / "peers").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_a_shipped_recipe_fits_its_schema(path):
+    recipe.load(PeerBench, path)
+    header = path.read_text().split("kind:")[0]
+    assert f"recipes/peers/{path.name}" in header and "Hardware:" in header
 
 
 def test_a_level_codes_what_the_levels_before_left():
@@ -41,3 +52,30 @@ def test_captions_are_padded_on_the_left_and_text_is_causal():
         [0, 1, 1, 1, 1, 1],
         [0, 1, 1, 1, 1, 1],
     ]
+
+
+def test_quality_lies_over_the_time_of_its_own_updates_and_drawing(monkeypatch, tmp_path):
+    drawn = [{"steps": s, "top10": q, "kid": 0.1} for s, q in ((10, 0.2), (10, 0.4), (50, 0.3))]
+    result = {"peer": "flow", "curve": [{"step": step, "drawn": drawn} for step in (3, 6)]}
+    way = {"peer": "flow", "steps": 10}
+    timing = {
+        "sampling": [
+            {**way, "batch": 1, "seconds_per_picture": 0.5},
+            {**way, "batch": 64, "seconds_per_picture": 0.25},
+            {**way, "peer": "ours", "batch": 128, "seconds_per_picture": 9.0},
+        ],
+        "training": [
+            {"peer": "ours", "seconds_per_update": 9.0},
+            {"peer": "flow", "seconds_per_update": 2.0},
+        ],
+    }
+    timed = report.with_timing(result, timing)
+    assert report.is_timed(timed, 10) and not report.is_timed(timed, 50)
+    assert not report.is_timed(report.with_timing(result, {}), 10)
+
+    shown = {}
+    monkeypatch.setattr(report, "plot", lambda path, lines, *more: shown.update(lines))
+    report.over_seconds(tmp_path, [("updates", timed, 10)])
+    report.over_sampling(tmp_path, [("drawing", timed, 10)])
+    assert shown["updates"] == [(6.0, drawn[1]), (12.0, drawn[1])]
+    assert shown["drawing"] == [(0.25, drawn[1])]

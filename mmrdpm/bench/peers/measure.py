@@ -8,6 +8,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,18 @@ def _resident(field: str) -> float:
 
 
 def sampling(
-    peers: Mapping[str, Peer], scene: Scene, captions: Sequence[Caption], plan: Judging
+    peers: Mapping[str, Peer],
+    ways: Sequence[tuple[str, How]],
+    scene: Scene,
+    captions: Sequence[Caption],
+    plan: Judging,
 ) -> list[dict[str, Any]]:
-    """Seconds per picture, from caption to pixels with guidance.
+    """Seconds per picture, from caption to pixels, of each way of a named peer.
 
-    All peers and ways of sampling take turns, so that a busy machine slows them alike.
+    All take turns, so that a busy machine slows them alike.
     """
 
-    def work(peer: Peer, steps: int, batch: int) -> Work:
-        how = How(steps, plan.guidance_scales[0], plan.temperatures[0])
+    def work(peer: Peer, how: How, batch: int) -> Work:
         chosen = [captions[i % len(captions)] for i in range(batch)]
 
         @torch.no_grad()
@@ -76,26 +80,18 @@ def sampling(
 
         return draw
 
-    ways = [
-        (name, steps, batch)
-        for name, peer in peers.items()
-        for steps in peer.steps
-        for batch in plan.speed_batches
-    ]
-    works = {repr(way): work(peers[way[0]], *way[1:]) for way in ways}
+    timed = [(*way, batch) for way in ways for batch in plan.speed_batches]
+    works = {repr(way): work(peers[way[0]], *way[1:]) for way in timed}
     seconds = interleaved(works, plan.repeats)
-    measured = []
-    for way in ways:
-        name, steps, batch = way
-        measured.append(
-            {
-                "peer": name,
-                "steps": steps,
-                "batch": batch,
-                "seconds_per_picture": statistics.median(seconds[repr(way)]) / batch,
-            }
-        )
-    return measured
+    return [
+        {
+            "peer": name,
+            **asdict(how),
+            "batch": batch,
+            "seconds_per_picture": statistics.median(seconds[repr((name, how, batch))]) / batch,
+        }
+        for name, how, batch in timed
+    ]
 
 
 def training(trainers: Mapping[str, Trainer], repeats: int) -> list[dict[str, Any]]:

@@ -35,6 +35,9 @@ _STROKES = ("-", "--", ":")  # after ten lines colours begin anew
 Curve = list[tuple[float, dict[str, Any]]]
 """Of points in training what lies across, and the figures of the best way of drawing there."""
 
+Way = tuple[str, dict[str, Any], int]
+"""A way of drawing: its title, the results of its peer and the number of steps."""
+
 
 def check() -> None:
     """Raises DataError where the plots cannot be drawn."""
@@ -47,22 +50,53 @@ def check() -> None:
 def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
     """`table.md`, and SVG plots of quality against FLOPs, time of training and of sampling."""
     (out / "table.md").write_text(table(results), encoding="utf-8")
-    ways = _ways(results)
-    if not ways:
-        return
+    every = _ways(results)
+    timed = [way for way in every if is_timed(*way[1:])]
+    for name, draw in PLOTS.items():
+        if ways := every if name == "flops" else timed:
+            draw(out / f"quality-{name}.svg", ways)
+
+
+def with_timing(result: dict[str, Any], timing: dict[str, Any]) -> dict[str, Any]:
+    """Results of a peer with its entries of a `timing.json`, none where it is {}."""
+    entries = {
+        what: [entry for entry in timing.get(what, []) if entry["peer"] == result["peer"]]
+        for what in ("sampling", "training")
+    }
+    return {**result, **entries, "timed_on": timing.get("machine")}
+
+
+def is_timed(result: dict[str, Any], steps: int) -> bool:
+    """Whether results with their timing have the time of that many steps of drawing."""
+    return bool(_speeds(result, steps))
+
+
+def over_flops(path: Path, ways: Sequence[Way]) -> None:
+    """Draws the curves of quality over training FLOPs."""
     lines = {title: curve(result, steps) for title, result, steps in ways}
-    plot(out / "quality-flops.svg", lines, "training FLOPs")
-    timed = [way for way in ways if _speeds(*way[1:])]
-    if not timed:
-        return
-    lines = {title: curve(r, steps, "step", _update_seconds(r)) for title, r, steps in timed}
-    plot(out / "quality-seconds.svg", lines, "seconds of training")
+    plot(path, lines, "training FLOPs")
+
+
+def over_seconds(path: Path, ways: Sequence[Way]) -> None:
+    """Draws the curves of quality over the time of the updates, of ways that are timed."""
+    lines = {
+        title: curve(result, steps, "step", _update_seconds(result))
+        for title, result, steps in ways
+    }
+    plot(path, lines, "seconds of training")
+
+
+def over_sampling(path: Path, ways: Sequence[Way]) -> None:
+    """Draws the last quality over the time of drawing a picture, of ways that are timed."""
     dots = {
         title: [(max(_speeds(result, steps))[1], best(result["curve"][-1], steps))]
-        for title, result, steps in timed
+        for title, result, steps in ways
     }
-    batch = max(entry["batch"] for entry in timed[0][1]["sampling"])
-    plot(out / "quality-sampling.svg", dots, f"seconds per picture, {batch} at once", "log")
+    batch = max(entry["batch"] for entry in ways[0][1]["sampling"])
+    plot(path, dots, f"seconds per picture, {batch} at once", "log")
+
+
+PLOTS = {"flops": over_flops, "seconds": over_seconds, "sampling": over_sampling}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -97,8 +131,8 @@ def best(point: dict[str, Any], steps: int) -> dict[str, Any]:
     return max(drawn, key=lambda entry: (entry["top10"], -entry["kid"]))
 
 
-def _ways(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], int]]:
-    """Title, results and number of steps of every way of drawing that was measured."""
+def _ways(results: Sequence[dict[str, Any]]) -> list[Way]:
+    """Every way of drawing that was measured."""
     return [
         (f"{TITLES[result['peer']]}, {steps} steps", result, steps)
         for result in results
@@ -157,6 +191,7 @@ def plot(path: Path, lines: dict[str, Curve], label: str, scale: str = "linear")
     """Top 10 and KID side by side over `label`."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -167,6 +202,10 @@ def plot(path: Path, lines: dict[str, Curve], label: str, scale: str = "linear")
             across, up = [x for x, _ in points], [figures[key] for _, figures in points]
             panel.plot(across, up, "o" + _STROKES[i // 10 % len(_STROKES)], label=title)
         panel.set(xlabel=label, ylabel=name, xscale=scale)
+        if scale == "log":  # within a decade plain numbers, as few as are readable
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     with matplotlib.rc_context({"svg.hashsalt": path.name}):  # the same file for the same figures

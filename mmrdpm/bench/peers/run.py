@@ -109,7 +109,8 @@ def _timed(out: Path) -> set[str]:
 def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> dict[str, str]:
     """Writes `timing.json`, of all peers that are done and whose library and weights are there.
 
-    Gives the reasons of those that could not be timed.
+    Drawing is timed as it was judged best, as guidance costs as much as the drawing itself. Gives
+    the reasons of those that could not be timed.
     """
     trainers, missing = {}, {}
     for name in MAKERS:
@@ -128,14 +129,21 @@ def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> dict[
         return missing
     judging, captions = recipe.judging, [scene.captions[i] for i in quality.chosen]
     peers = {name: trainer.peer for name, trainer in trainers.items()}
+    ways = [(name, _best(out, name, steps)) for name in peers for steps in peers[name].steps]
     timing = {
-        "sampling": measure.sampling(peers, scene, captions, judging),
+        "sampling": measure.sampling(peers, ways, scene, captions, judging),
         "training": measure.training(trainers, judging.repeats),
         "machine": measure.machine_class(next(iter(trainers.values())).dtype),
         "missing": missing,
     }
     write(out / TIMING_FILE, timing)
     return missing
+
+
+def _best(out: Path, name: str, steps: int) -> How:
+    last = read(out / name / RESULTS_FILE)["curve"][-1]
+    drawn = report.best(last, steps)
+    return How(steps, drawn["guidance_scale"], drawn["temperature"])
 
 
 class Run:
@@ -277,12 +285,7 @@ def _results(out: Path) -> list[dict[str, Any]]:
     """Of all peers that have any, in their order, each with its entries of `timing.json`."""
     timing = read(out / TIMING_FILE)
     found = [result for name in MAKERS if (result := read(out / name / RESULTS_FILE))]
-    for result in found:
-        for what in ("sampling", "training"):
-            entries = timing.get(what, [])
-            result[what] = [entry for entry in entries if entry["peer"] == result["peer"]]
-        result["timed_on"] = timing.get("machine")
-    return found
+    return [report.with_timing(result, timing) for result in found]
 
 
 def read(path: Path) -> dict[str, Any]:
