@@ -107,6 +107,14 @@ def test_before_the_first_code_nothing_shows_but_the_scores_know_the_noise(image
     assert (model.logits(one) - model.logits(two)).abs().max() > 0.1
 
 
+def test_guesses_follow_from_the_codes_while_a_model_is_built_elsewhere(images):
+    made = image_tokenizer.ImageTokenizer(images.config)  # in memory, not loaded
+    made.load_state_dict(images.state_dict())
+    with torch.device("meta"):
+        found = made.estimates
+    assert torch.equal(found, estimates(images.trajectory, images.codebook))
+
+
 def test_codes_are_normally_distributed_about_the_guess(images):
     model, codes = make_model(images), images.codebook.codes[0]
     for name, parameter in model.named_parameters():

@@ -31,11 +31,13 @@ def estimates(trajectory: Trajectory, codebook: Codebook) -> Tensor:
 
     Returns:
         float32 `[T + 1, 2, 2]`: of timestep t, row 0 guesses `z_0` and row 1 `r_t / g_t`, which is
-        0 at t = 0.
+        0 at t = 0. Without values where the codes have none, on the device "meta".
     """
+    table = torch.zeros(trajectory.num_timesteps + 1, 2, 2)
+    if codebook.codes.is_meta:
+        return table.to("meta")
     k = _mean_square(codebook)
     of_latent, of_start, error = 0.0, 1.0, 0.0  # A, B, V
-    table = torch.zeros(trajectory.num_timesteps + 1, 2, 2)
     for timestep in range(trajectory.num_timesteps, 0, -1):
         a, b, c, fresh = coefficients(trajectory, timestep)
         gain = codebook.gains[timestep - 1].item()
@@ -71,5 +73,6 @@ def _weight(of_latent: float, error: float) -> float:
 
 def _mean_square(codebook: Codebook) -> float:
     """Of the codes that tables have; what a code explains of a residual of mean square 1."""
-    having = codebook.codes[codebook.codes.any(-1)]
+    codes = codebook.codes.cpu()  # whose sums are the same to the last bit wherever a model runs
+    having = codes[codes.any(-1)]
     return min(1.0, having.square().mean().item()) if len(having) else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -72,14 +73,12 @@ class ImageTokenizer(nn.Module):
     Attributes:
         noise_pool: how many noises there are; 0 is one for each seed. A model that knows no others
             sets it.
-        estimates: see `estimates.estimates`, float32 `[T + 1, 2, 2]`; `load` sets it.
     """
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
         self.noise_pool = 0
-        self.estimates: Tensor | None = None
         self.autoencoder = make_autoencoder(config.autoencoder)
         self.schedule = Schedule(config.schedule, config.num_timesteps)
         self.trajectory = make_trajectory(config.trajectory, self.schedule, config.eta)
@@ -110,6 +109,12 @@ class ImageTokenizer(nn.Module):
     @property
     def image_size(self) -> int:
         return self.config.autoencoder.image_size
+
+    @cached_property
+    def estimates(self) -> Tensor:
+        """See `estimates.estimates`, float32 `[T + 1, 2, 2]`, of the codes at the first call."""
+        with torch.device("cpu"):  # a model may be being built on another device
+            return estimates(self.trajectory, self.codebook)
 
     def noise(self, seeds: Sequence[int], grid: Sequence[int] | None = None) -> Tensor:
         """The noise of token records: float32 `[num_noises, B, *grid, C]`, by default square.
@@ -187,5 +192,4 @@ def load(folder: Path) -> ImageTokenizer:
     """
     tokenizer = ImageTokenizer(recipe.load(ImageTokenizerConfig, folder / SPEC_FILE))
     weights.load_into(tokenizer, folder / WEIGHTS_FILE)
-    tokenizer.estimates = estimates(tokenizer.trajectory, tokenizer.codebook)
     return tokenizer.eval().requires_grad_(False)
