@@ -187,7 +187,6 @@ def _tokenizers(loaded: ModelRecipe) -> tuple[ImageTokenizer, Vocabulary]:
     """The image tokeniser without weights, of which nothing but the spec is needed."""
     with torch.device("meta"):
         images = ImageTokenizer(_image_spec(loaded.tokenizers.image))
-    images.estimates = torch.zeros(images.num_timesteps + 1, 2, 2)
     text = hub.resolve("tokenizers", loaded.tokenizers.text, text_tokenizer.FILES)
     return images, Vocabulary(text_tokenizer.load(text).size, images.codebook_size)
 

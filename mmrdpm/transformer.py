@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             initialise(name, parameter)
 
-    def know_codes(self, codes: Tensor, estimates: Tensor | None) -> None:
+    def know_codes(self, codes: Tensor, estimates: Tensor) -> None:
         """Takes what the configuration needs of an image tokeniser.
 
         That is the codebook `[S, K, C]`, whose codes are the last K ids, and `estimates.estimates`.
@@ -234,7 +234,6 @@ class Transformer(nn.Module):
             features = torch.cat([vectors, length / spread], dim=1)
             self.code_features = features.to(self.table.weight.device)
             if self.config.preconditioning:
-                assert estimates is not None, "the image tokeniser was not loaded"
                 scored = torch.cat([vectors, -length / 2], dim=1)
                 scored = pad(scored, (0, -scored.shape[1] % 8))  # GPUs' fast kernels want multiples
                 self.code_vectors = scored.to(self.table.weight.device)
