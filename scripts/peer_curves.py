@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def main(over: str, out: Path, files: Sequence[Path]) -> None:
     ways: list[report.Way] = []
     for path in files:
         result = report.with_timing(_read(path), _timing(path))
+        if not isinstance(result.get("curve"), list):
+            sys.exit(f"{path}: it was stopped on the way: there is no curve in it")
         numbers = sorted({drawn["steps"] for drawn in result["curve"][-1]["drawn"]})
         if over == "sampling":
             result["curve"][-1]["drawn"] += _judged_later(path)
@@ -33,16 +36,19 @@ def main(over: str, out: Path, files: Sequence[Path]) -> None:
                 ways.append((title, result, steps))
             else:
                 print(f"{title}: not timed, left out")
+    if not ways:
+        sys.exit("nothing to draw: none of these is named in `of` of a timing*.json beside it")
     report.PLOTS[over](out, ways)
 
 
 def _timing(results: Path) -> dict[str, Any]:
     kept = map(_read, sorted(results.parent.glob("timing*.json")))
-    return next((timing for timing in kept if results.stem in timing["of"]), {})
+    return next((timing for timing in kept if results.stem in timing.get("of", ())), {})
 
 
 def _judged_later(results: Path) -> list[dict[str, Any]]:
-    text = (results.parent / "held-out.jsonl").read_text(encoding="utf-8")
+    path = results.parent / "held-out.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = map(json.loads, text.splitlines())
     return [line for line in lines if line["peer"] == results.stem and line["split"] == "train"]
 

@@ -91,10 +91,29 @@ def test_sdpa_equals_attention_written_out():
 def test_sdpa_written_out_equals_the_fused_one(seed):
     layout = random_rows(seed)
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(*layout.kinds.shape, 4, 8, generator=generator)
-    k, v = torch.randn(2, *layout.kinds.shape, 2, 8, generator=generator)
+    q = torch.randn(*layout.kinds.shape, 4, 8, generator=generator, requires_grad=True)
+    k, v = torch.randn(2, *layout.kinds.shape, 2, 8, generator=generator).requires_grad_()
+    upstream = torch.randn(q.shape, generator=generator)
     fused = sdpa.masked(q, k, v, layout.visible()[:, None])
-    torch.testing.assert_close(sdpa.plan(layout)(q, k, v), fused)
+    out = sdpa.plan(layout)(q, k, v)
+    torch.testing.assert_close(out, fused)
+    for found, expected in zip(
+        *(torch.autograd.grad(x, (q, k, v), upstream) for x in (out, fused)), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_without_gradients_no_other_document_changes_the_bits_of_one():
+    lengths = (5, 9, 12, 13, 14, 16, 9, 13, 14, 7, 11, 3, 14, 13, 12)
+    rows = [make_layout([(0, T, n), (-1, T, 16 - n)]) for n in lengths]
+    layout = Layout(*(torch.cat(x) for x in zip(*(vars(a).values() for a in rows), strict=True)))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, *layout.kinds.shape, 4, 64, generator=generator)
+    together = sdpa.plan(layout)(q, k, v)
+    for i, row in enumerate(rows):
+        alone = sdpa.plan(row)(*(x[i : i + 1] for x in (q, k, v)))
+        assert torch.equal(together[i, : lengths[i]], alone[0, : lengths[i]])
 
 
 @pytest.mark.parametrize("seed", range(8))

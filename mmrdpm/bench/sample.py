@@ -22,6 +22,7 @@ from mmrdpm.bench.measure import (
 )
 from mmrdpm.bench.plot import growth_charts, page
 from mmrdpm.document import TextSegment, pack
+from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.sampling.choose import Choice
@@ -156,6 +157,8 @@ def writing(
         "write": lambda: write(_TOKENS),
     }
     seconds = interleaved(works, rounds)
+    if not max(counts):
+        raise UsageError(f"the model ends every text right after {_PROMPT!r}: train it longer")
     pairs = zip(seconds["begin"], seconds["write"], strict=True)
     per_token = [(written - begun) / max(counts) for begun, written in pairs]
     scored = (vocabulary.eos + 1) * model.config.width

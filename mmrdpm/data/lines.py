@@ -34,7 +34,7 @@ class LineFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self.starts, self.ends = [], []
-        with _progress(sum(path.stat().st_size for path in paths if path.is_file())) as advance:
+        with _progress(sum(map(_size, paths))) as advance:
             for path in paths:
                 try:
                     starts, ends = _spans(path, advance)
@@ -97,6 +97,14 @@ class LineFiles:
     def _place(self, index: int) -> tuple[int, int]:
         file = int(np.searchsorted(self.totals, index, side="right"))
         return file, index - int(self.totals[file - 1] if file else 0)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 where that cannot be asked: reading it then says why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -110,9 +109,9 @@ class ImageTokenizer(nn.Module):
     def image_size(self) -> int:
         return self.config.autoencoder.image_size
 
-    @cached_property
+    @property
     def estimates(self) -> Tensor:
-        """See `estimates.estimates`, float32 `[T + 1, 2, 2]`, of the codes at the first call."""
+        """See `estimates.estimates`, float32 `[T + 1, 2, 2]`."""
         with torch.device("cpu"):  # a model may be being built on another device
             return estimates(self.trajectory, self.codebook)
 

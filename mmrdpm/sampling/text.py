@@ -29,9 +29,11 @@ def sample_text(
     generator = torch.Generator().manual_seed(seed)
     cache, ids = Cache(model, context, max_tokens), list[int]()
     scored = vocabulary.eos + 1  # neither other specials nor image codes are
-    last, follow = context.positions[:, -1:], by_run(model, cache, context, scored)
+    follow: Callable[[int], Tensor]
     if suits(model):
-        follow = Writer(model, cache, last, max_tokens, scored).follow
+        follow = Writer(model, cache, context.positions[:, -1:], max_tokens, scored).follow
+    else:
+        follow = by_run(model, cache, context, scored)
     logits = model.logits(cache.hidden[0, -1:], slice(scored))
     while len(ids) < max_tokens:
         if ids:

@@ -1,10 +1,10 @@
 """Text on a CPU, a token at a time, in as few operations as that takes.
 
 A product with one vector reads every weight once and computes next to nothing: what counts is how
-fast weights are read, and how many operations lie between. So matrices are read in parts by all
-cores side by side: torch divides a batch of products among them, but no product of one vector. A
-norm is a number by which the product that follows it is scaled, and what a layer adds to the
-residual stream is added by the product that makes it.
+fast weights are read, and how many operations lie between. So matrices are read in parts, by up to
+sixteen cores side by side: torch divides a batch of products among them, but no product of one
+vector. A norm is a number by which the product that follows it is scaled, and what a layer adds to
+the residual stream is added by the product that makes it.
 """
 
 from __future__ import annotations
