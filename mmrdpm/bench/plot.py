@@ -23,9 +23,9 @@ def chart(title: str, x_label: str, y_label: str, series: Mapping[str, Points]) 
         f'<path d="M{_MARGIN},40 V{_HEIGHT - _MARGIN} H{_WIDTH - 10}" fill="none" stroke="black"/>',
     ]
     for x in sorted(set(xs)):
-        parts.append(_text(_across(x, xs), _HEIGHT - _MARGIN + 16, f"{x:.4g}", "middle"))
+        parts.append(_text(_across(x, xs), _HEIGHT - _MARGIN + 16, _number(x), "middle"))
     for y in (min(ys), max(ys)):
-        parts.append(_text(_MARGIN - 4, _up(y, ys) + 4, f"{y:.2g}", "end"))
+        parts.append(_text(_MARGIN - 4, _up(y, ys) + 4, _number(y), "end"))
     for i, (name, points) in enumerate(series.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         line = " ".join(f"{_across(x, xs):.1f},{_up(y, ys):.1f}" for x, y in points)
@@ -69,6 +69,13 @@ def _share(value: float, of: Sequence[float]) -> float:
     """Where a value lies between the least (0) and the greatest (1), in logarithms."""
     low, high = math.log(min(of)), math.log(max(of))
     return (math.log(value) - low) / (high - low) if high > low else 0.5
+
+
+def _number(value: float) -> str:
+    """To three digits or four, large ones with a prefix of SI."""
+    large = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+    divisor, prefix = next((pair for pair in large if value >= pair[0]), (1.0, ""))
+    return f"{value / divisor:.3g}{prefix}" if prefix else f"{value:.4g}"
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = "black") -> str:
