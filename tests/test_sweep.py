@@ -13,7 +13,7 @@ from mmrdpm.cli import main, sweeping
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.sweep import information, spec
+from mmrdpm.sweep import information, plots, spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import report, results_table
 from mmrdpm.sweep.run import count_flops, run_sweep
@@ -71,7 +71,8 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert main(["sweep", str(path), "--out", str(out), "--only", "base"]) == 0
     assert len(Records(out / "results.jsonl").all()) == 1
     assert main(["sweep", str(path), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(out / "tiny.md")
+    printed = capsys.readouterr().out
+    assert printed.endswith((out / "tiny.md").read_text() + f"\n{out / 'tiny.md'}\n")
     rows = Records(out / "results.jsonl").all()
     assert [row["variant"] for row in rows] == ["base", "guided", "eta"]
     assert sorted(p.name for p in (out / "runs").iterdir()) == ["base-seed0", "eta-seed0"]
@@ -83,7 +84,7 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert base["seconds"] > 0 and guided["seconds"] is None
     table = (out / "tiny.md").read_text()
     assert table.count("\n| base |") == 2 and table.count("\n| guided |") == 1
-    for plot in ("quality", "steps", "tokenizers"):
+    for plot in ("variants", "quality", "steps", "tokenizers"):
         assert (out / f"tiny-{plot}.svg").read_text().startswith("<?xml")
     others = report(replace(spec.load(path), seeds=(5,)), out)  # a sweep beside it in the folder
     assert "| guided |" not in others.read_text()
@@ -161,6 +162,39 @@ def test_the_table_has_mean_and_spread_over_seeds():
     first, _, line = results_table(["b", "a"], rows).splitlines()
     assert first == "| variant | seeds | named in top 10 |"
     assert line == "| a | 2 | 20.0% ± 14.1% |"
+
+
+def drawn(sweep, out, **changes):
+    """The plots, by name, of two variants that differ in no more than their pictures' distance."""
+    for name, kid in (("base", 0.1), ("base", 0.3), ("guided", 0.5)):
+        figures = {"top10": 0.25, "kid": kid, "information": 700.0, "loss_steps": [4.0, 3.0]}
+        Records(out / "results.jsonl").append({"variant": name, "seed": 0, **figures, **changes})
+    report(sweep, out)
+    return {path.stem: path.read_bytes() for path in out.glob("*.svg")}
+
+
+def test_a_plot_shows_what_variants_differ_in(tiny_sweep, tmp_path):
+    """Drawn by the same weights they hold the same information: nothing to draw over it."""
+    pytest.importorskip("matplotlib")
+    sweep = spec.load(tiny_sweep())
+    found = drawn(sweep, tmp_path / "out")
+    assert list(found) == ["tiny-variants"] and found == drawn(sweep, tmp_path / "again")
+    picture = found["tiny-variants"].decode()
+    assert "<!-- guided -->" in picture and "<!-- eta -->" not in picture
+    assert "<!-- KID" in picture and "<!-- named in top 10 -->" not in picture
+    assert "DejaVuSans-Bold" in picture  # the base
+    without = replace(sweep, variants=sweep.variants[1:])
+    assert without.base is None and drawn(without, tmp_path / "one") == {}  # nothing to differ from
+
+
+def test_names_of_dots_in_one_place_do_not_cover_each_other():
+    text = pytest.importorskip("matplotlib.text")
+    figure, (axis,) = plots.figure(1)
+    plots._write_names(figure, axis, dict.fromkeys(("guided", "groups", "base"), (0.5, 0.5)))
+    figure.draw_without_rendering()
+    boxes = [text.Text.get_window_extent(name) for name in axis.texts]
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for a in boxes for b in boxes if a is not b)
 
 
 def test_the_head_finds_what_positions_share():

@@ -36,5 +36,6 @@ def sweep_command(options: argparse.Namespace) -> int:
     if table is None:
         print("stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    print(table.read_text(encoding="utf-8"))
     print(table)
     return 0

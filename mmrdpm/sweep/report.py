@@ -13,8 +13,7 @@ from mmrdpm.sweep.spec import Chart, Sweep
 
 Row = dict[str, Any]
 
-# key in results.jsonl, title, how one value is written
-COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
+COLUMNS: list[plots.Column] = [
     ("top10", "named in top 10", "{:.1%}".format),
     ("top1", "top 1", "{:.1%}".format),
     ("kid", "KID (EfficientNet-Lite0) x1000", lambda v: f"{v * 1000:.1f}"),
@@ -26,6 +25,7 @@ COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
     ("steps", "updates", "{:.0f}".format),
     ("seconds", "seconds", "{:.0f}".format),
 ]
+_MAIN = ("top10", "kid", "captioned", "loss_image", "loss_text")  # drawn with their spread
 
 
 def report(sweep: Sweep, out: Path) -> Path:
@@ -36,13 +36,13 @@ def report(sweep: Sweep, out: Path) -> Path:
     Raises:
         DataError: the package that draws is not installed.
     """
-    names = [variant.name for variant in sweep.variants]
+    names = sweep.names
     lines = Records(out / "results.jsonl").all()  # of other sweeps and their seeds too
     rows = [r for r in lines if r["variant"] in names and r["seed"] in sweep.seeds]
     tokenizers = [r for r in Records(out / "tokenizers.jsonl").all() if r["name"] in names]
     parts = [results_table(names, rows), tokenizers_table(tokenizers)]
     if rows:
-        parts.append(CHARTS[sweep.chart](names, rows, out / sweep.name))
+        parts.append(CHARTS[sweep.chart](sweep, rows, out / sweep.name))
     if tokenizers:
         plots.plot_tokenizers(tokenizers, out / f"{sweep.name}-tokenizers.svg")
     table = out / f"{sweep.name}.md"
@@ -50,21 +50,27 @@ def report(sweep: Sweep, out: Path) -> Path:
     return table
 
 
-def _quality(names: Sequence[str], rows: Sequence[Row], stem: Path) -> str:
-    plots.plot_quality(names, rows, stem.with_name(f"{stem.name}-quality.svg"))
-    plots.plot_steps(names, rows, stem.with_name(f"{stem.name}-steps.svg"))
+def _quality(sweep: Sweep, rows: Sequence[Row], stem: Path) -> str:
+    names = sweep.names
+    columns = [c for c in COLUMNS if c[0] in _MAIN and plots.differs(names, rows, c[0])]
+    if columns:
+        path = stem.with_name(f"{stem.name}-variants.svg")
+        plots.plot_variants(names, sweep.base, rows, columns, path)
+    if plots.differs(names, rows, "information"):  # not where all draw by the same weights
+        plots.plot_quality(names, rows, stem.with_name(f"{stem.name}-quality.svg"))
+        plots.plot_steps(names, rows, stem.with_name(f"{stem.name}-steps.svg"))
     return ""
 
 
-def _compute(names: Sequence[str], rows: Sequence[Row], stem: Path) -> str:
+def _compute(sweep: Sweep, rows: Sequence[Row], stem: Path) -> str:
     return scaling.compute(rows, stem.with_name(f"{stem.name}-compute.svg"))
 
 
-def _rates(names: Sequence[str], rows: Sequence[Row], stem: Path) -> str:
+def _rates(sweep: Sweep, rows: Sequence[Row], stem: Path) -> str:
     return scaling.learning_rates(rows, stem.with_name(f"{stem.name}-lr.svg"))
 
 
-CHARTS: dict[Chart, Callable[[Sequence[str], Sequence[Row], Path], str]] = {
+CHARTS: dict[Chart, Callable[[Sweep, Sequence[Row], Path], str]] = {
     "quality": _quality,
     "compute": _compute,
     "lr": _rates,

@@ -49,7 +49,7 @@ def run_sweep(
     """
     chosen = [v for v in sweep.variants if only in (None, v.name)]
     if not chosen:
-        names = ", ".join(v.name for v in sweep.variants)
+        names = ", ".join(sweep.names)
         raise UsageError(f"--only {only}: the sweep has no such variant: choose one of {names}")
     out.mkdir(parents=True, exist_ok=True)
     seeds = sweep.seeds if sweep.model_recipe else sweep.seeds[:1]

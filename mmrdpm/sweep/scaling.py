@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrdpm.sweep.plots import figure
+from mmrdpm.sweep.plots import figure, save
 
 Row = dict[str, Any]
 
@@ -85,7 +85,7 @@ def compute(rows: Sequence[Row], path: Path) -> str:
             axis.plot(ends, [law.at(c) for c in ends], "k--", label=f"power -{law.exponent:.3f}")
         axis.set(xlabel="training budget, TFLOP", ylabel=label, xscale="log", yscale="log")
         axis.legend(fontsize=6)
-    drawn.savefig(path)
+    save(drawn, path)
     return "\n".join(parts)
 
 
@@ -121,7 +121,7 @@ def learning_rates(rows: Sequence[Row], path: Path) -> str:
         axis.set_xticks(tried, [f"{lr:g}" for lr in tried])
         axis.minorticks_off()
         axis.legend(fontsize=6)
-    drawn.savefig(path)
+    save(drawn, path)
     lines += [f"| {w} | " + " | ".join(widths[w][k] for k in LOSSES) + " |" for w in sorted(widths)]
     return "\n".join(lines) + "\n"
 

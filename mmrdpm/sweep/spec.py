@@ -58,7 +58,7 @@ class Measures:
 
 
 Chart = Literal["quality", "compute", "lr"]
-"""What is drawn: quality over information, loss over budget, or loss over learning rate."""
+"""What is drawn: quality by variant and information, loss over budget, or over learning rate."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,16 @@ class Sweep:
     chart: Chart = "quality"
     kind: Literal["sweep"] = "sweep"
 
+    @property
+    def names(self) -> list[str]:
+        """Of the variants, in their order."""
+        return [variant.name for variant in self.variants]
+
+    @property
+    def base(self) -> str | None:
+        """The name of the variant that overrides nothing, where there is one."""
+        return next((v.name for v in self.variants if v == Variant(v.name)), None)
+
 
 def load(path: Path) -> Sweep:
     """Reads a sweep and resolves every variant, so that a mistake shows before hours are spent.
@@ -99,7 +109,7 @@ def load(path: Path) -> Sweep:
             " the first, '.'"
         )
     sweep = replace(sweep, name=sweep.name or path.stem)
-    names = [variant.name for variant in sweep.variants]
+    names = sweep.names
     for name in names:
         if not _NAME.fullmatch(name):
             raise RecipeError(f"{path}: variant {name!r}: a name has a-z, 0-9, '_', '.' and '-'")
