@@ -84,7 +84,14 @@ def joined(timeout: float) -> Iterator[None]:
     take_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        patience = timedelta(seconds=timeout)
+        dist.init_process_group(
+            backend,
+            store=_store_of_this_start(patience),
+            rank=rank(),
+            world_size=world_size(),
+            timeout=patience,
+        )
         yield
         dist.destroy_process_group()
     except RuntimeError as error:
@@ -95,6 +102,21 @@ def joined(timeout: float) -> Iterator[None]:
             f" ({str(error).splitlines()[0][:200]}): look for the first message of the others;"
             " torchrun --max-restarts N goes on from the last checkpoint"
         ) from None
+
+
+def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
+    """torchrun's own store where it keeps it over restarts, with keys of this start alone.
+
+    The addresses that an earlier start's ranks left there would be taken for those of this one. Of
+    several machines the numbers of starts may differ, so there torchrun has to be told to keep no
+    store, see docs/scaling.md.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 class Watchdog:
