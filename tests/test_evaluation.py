@@ -107,6 +107,9 @@ def test_distances_grow_with_the_damage(judge, real):
         assert found[0].value < found[1].value
         assert "EfficientNet-Lite0" in found[0].name and "FID" not in found[0].name
     assert "biased" in drawn.frechet(judge.features, near, real).note
+    assert drawn.kid(judge.features, near, real).note == ""
+    same = drawn.kid(judge.features, real, real, paired=True)
+    assert same.note == f"lowered by {-same.value:.4f} by the pairs of one name"
     assert drawn.diversity(judge.features, [real, real]).value == 0
     assert drawn.diversity(judge.features, [real, far]).value > 0
 
@@ -273,6 +276,11 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     small = ("--suite", "tokenizer", "names=3", "groups=[held-out concepts]")
     status, out, _ = run("eval", tiny_tokenizers / "image", *small, "--out", "a")
     assert status == 0 and "latent error" in out and "codebook use" in out
+    assert out.count(" by the pairs of one name") == 2  # by the autoencoder, through the codes
+    page = Path("a/report.html").read_text()
+    assert "held-out concepts (n=3)" in page
+    few = "too low: 12 codes cannot show how evenly 16 are used, at most 75.0% of them"
+    assert page.count(f"<em>held-out concepts: {few}</em>") == 1 and page.count(few) == 4
     status, out, _ = run("eval", tiny_run, *small, "--out", "b")
     assert status == 0
     status, out, _ = run("eval", "compare", "a", "b/results.json")

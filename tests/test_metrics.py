@@ -14,6 +14,7 @@ from mmrdpm.metrics.distance import (
     frechet_interval,
     kernel_distance,
     kernel_interval,
+    lowered_by_pairs,
 )
 from mmrdpm.metrics.features import EfficientNetLite0, kept, ranks
 from mmrdpm.metrics.interval import bootstrap, mean_interval
@@ -97,7 +98,7 @@ def test_the_kernel_distance_equals_its_definition_pair_by_pair():
     assert low < found < high
 
 
-def test_the_kernel_distance_is_unbiased():
+def test_the_kernel_distance_of_independent_sets_is_unbiased():
     """Its mean over many pairs of samples of one distribution is zero, and it is often negative."""
     random = torch.Generator().manual_seed(0)
     found = [
@@ -106,6 +107,19 @@ def test_the_kernel_distance_is_unbiased():
     ]
     assert abs(np.mean(found)) < 3 * np.std(found) / 20
     assert min(found) < 0
+
+
+def test_pairs_of_one_name_lower_the_kernel_distance_by_what_is_told():
+    """Against the mean over pairs of different names, which is 0 for a set and itself."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=random, dtype=torch.float64)
+    y = x + 0.5 * torch.randn(6, 3, generator=random, dtype=torch.float64)
+    kernels = [(a @ b.T / 3 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    xx, yy, xy = (kernel[~torch.eye(6, dtype=torch.bool)].mean().item() for kernel in kernels)
+    lowered = lowered_by_pairs(x, y)
+    assert lowered > 0.1
+    assert kernel_distance(x, y) + lowered == pytest.approx(xx + yy - 2 * xy)
+    assert kernel_distance(x, x) == pytest.approx(-lowered_by_pairs(x, x))
 
 
 @pytest.mark.parametrize("count", [5, 40])

@@ -7,7 +7,7 @@ the same code as our own model:
 
     judge = drawn.emoji_judge()                              # all emoji without a skin tone
     top_1, top_10 = drawn.named_in_top(judge, pictures, ["red heart", "pizza"])
-    print(drawn.kid(judge.features, pictures, reference))
+    print(drawn.kid(judge.features, pictures, reference, paired=True))   # of the same names
     print(captioned.cider(["a red heart"], [["red heart"]]))
 
 Each gives a `Figure`: a value with its 95% interval, and the protocol that it may be compared by.

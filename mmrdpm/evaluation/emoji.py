@@ -23,7 +23,7 @@ from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
 from mmrdpm.evaluation.suite import GROUPS, EmojiSuite
 from mmrdpm.metrics.features import EfficientNetLite0, ranks
 
-_TRAINING, _TONES = "training concepts", "held-out skin tones"
+TRAINING, _TONES = "training concepts", "held-out skin tones"
 _FULL_SIZE = 72  # pixels of the emoji as they come
 _SHOWN, _COLUMNS, _STRIPS = 24, 8, 3  # pictures in the report
 
@@ -70,6 +70,24 @@ def choose(data: EmojiData, split: Split, count: int, seed: int) -> list[int]:
     return sorted(random.choice(wanted, min(count, len(wanted)), replace=False).tolist())
 
 
+def choose_group(data: EmojiData, name: str, count: int, seed: int) -> Group:
+    """What `choose` takes of the split of a group.
+
+    Raises:
+        DataError: that is nothing.
+    """
+    chosen = choose(data, GROUPS[name], count, seed)
+    if not chosen:
+        raise DataError(f"the group {name!r} of the embedded data is empty: leave it out of groups")
+    return Group(
+        name,
+        chosen,
+        [data.names[i] for i in chosen],
+        [data.concepts[i] for i in chosen],
+        [Image.fromarray(data.images[i]) for i in chosen],
+    )
+
+
 class EmojiEvaluation:
     """One suite over one model.
 
@@ -81,7 +99,7 @@ class EmojiEvaluation:
     def __init__(self, model: Model, suite: EmojiSuite, store: Store) -> None:
         self.model, self.suite, self.store = model, suite, store
         data = load_emoji(model.images.image_size)
-        self.groups = [_group(data, name, suite.names, suite.seed) for name in suite.groups]
+        self.groups = [choose_group(data, n, suite.names, suite.seed) for n in suite.groups]
         for group in self.groups:
             _check_counts(suite, group)
         if "bits_per_byte" in suite.metrics:
@@ -91,7 +109,7 @@ class EmojiEvaluation:
         """Everything to compute, in order."""
         once: dict[str, tuple[str, Callable[[Group], Sequence[Figure]]]] = {
             "tone": (_TONES, self.tone),
-            "guidance": (_TRAINING, self.guidance),
+            "guidance": (TRAINING, self.guidance),
         }
         for metric in self.suite.metrics:
             if metric == "bits_per_byte":
@@ -130,7 +148,7 @@ class EmojiEvaluation:
 
     def kernel_distance(self, group: Group) -> list[Figure]:
         """Of drawn pictures from the real ones of the same names."""
-        figure = drawn.kid(self.features, self.draw(group), group.pictures)
+        figure = drawn.kid(self.features, self.draw(group), group.pictures, paired=True)
         return [self._figure("drawn", group, figure)]
 
     def frechet_distance(self, group: Group) -> list[Figure]:
@@ -288,19 +306,6 @@ class EmojiEvaluation:
         }.get(what, {})
         protocol = {**group.protocol, **added, **figure.protocol}
         return replace(figure, name=f"{what}/{group.name}/{figure.name}", protocol=protocol)
-
-
-def _group(data: EmojiData, name: str, count: int, seed: int) -> Group:
-    chosen = choose(data, GROUPS[name], count, seed)
-    if not chosen:
-        raise DataError(f"the group {name!r} of the embedded data is empty: leave it out of groups")
-    return Group(
-        name,
-        chosen,
-        [data.names[i] for i in chosen],
-        [data.concepts[i] for i in chosen],
-        [Image.fromarray(data.images[i]) for i in chosen],
-    )
 
 
 def _check_counts(suite: EmojiSuite, group: Group) -> None:

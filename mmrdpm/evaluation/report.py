@@ -33,7 +33,8 @@ def _page(results: Results, sheets: Sequence[Sheet]) -> Iterator[str]:
 <style>body {{ font: 15px sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
 td, th {{ padding: 2px 10px; text-align: left; vertical-align: top }}
 img {{ image-rendering: pixelated; max-width: 100% }} .n {{ text-align: right }}
-details {{ color: #555; font-size: 12px }} figure {{ display: inline-block; margin: 0 1em 1em 0 }}
+details {{ color: #555; font-size: 12px }} figure {{ display: inline-block; margin: 0 1em 1em 0;
+max-width: 30em; vertical-align: top }}
 </style><h1>{title}</h1>
 <p>Weights <code>{results.weights_sha256}</code>. Intervals are 95%.</p>"""
     if results.not_computed:
@@ -75,18 +76,21 @@ def _plot(title: str, lines: dict[str, list[Point]]) -> str:
             _HEIGHT - 2 * _MARGIN
         )
 
-    drawn, legend = [], []
+    drawn, legend, notes = [], [], []
     for (name, line), colour in zip(lines.items(), _COLOURS, strict=False):
         ends = " ".join("{:.1f},{:.1f}".format(*place(x, f.value)) for x, f in sorted(line, key=_x))
         drawn.append(f'<polyline points="{ends}" fill="none" stroke="{colour}"/>')
         drawn += [
             _whisker(place(x, f.interval[0]), place(x, f.interval[1]), colour) for x, f in line
         ]
-        legend.append(f'<span style="color:{colour}">{html.escape(name)}</span>')
+        said = f"{name} (n={line[0][1].count})"
+        legend.append(f'<span style="color:{colour}">{html.escape(said)}</span>')
+        notes += [f"{name}: {note}" for note in dict.fromkeys(f.note for _, f in line) if note]
     drawn += [_tick(place(x, low), f"{x:g}") for x in sorted({x for x, _ in points})]
     drawn += [_mark(place(left, y), f"{y:.3g}") for y in (low, high)]
+    told = "".join(f"<br><em>{html.escape(note)}</em>" for note in notes)
     return (
-        f"<figure><figcaption>{html.escape(title)}: {', '.join(legend)}</figcaption>"
+        f"<figure><figcaption>{html.escape(title)}: {', '.join(legend)}{told}</figcaption>"
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" font-size="11">{"".join(drawn)}</svg></figure>'
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from mmrdpm.text_tokenizer import TextTokenizer
 
 _CHUNK = 256  # pictures at once
 _SHOWN = 12  # pictures in the report
+_PLENTY = 4  # codes seen for each of a codebook: equal use of them all would show 88%
 WAYS = ("autoencoder", "codes")
 
 
@@ -106,7 +107,8 @@ def codebook_use(found: ImageFigures) -> list[Figure]:
             "codebook_size": size,
         }
         name = f"codebook use at timestep {t}"
-        figures.append(Figure(name, value, interval, "of codebook", len(codes), protocol))
+        note = _few(codes.numel(), size)
+        figures.append(Figure(name, value, interval, "of codebook", len(codes), protocol, note))
     return figures
 
 
@@ -173,7 +175,7 @@ class TokenizerEvaluation:
         ]
 
     def kernel_distance(self, group: str) -> list[Figure]:
-        return self._distances(group, drawn.kid)
+        return self._distances(group, partial(drawn.kid, paired=True))
 
     def frechet_distance(self, group: str) -> list[Figure]:
         return self._distances(group, drawn.frechet)
@@ -245,6 +247,14 @@ def _choose(data: EmojiData, group: str, suite: TokenizerSuite) -> list[int]:
     random = np.random.default_rng(suite.seed)
     count = min(suite.names, len(indices))
     return sorted(random.choice(indices, count, replace=False).tolist())
+
+
+def _few(codes: int, size: int) -> str:
+    """What a reader has to know where perplexity is that of the sample rather than of the codes."""
+    if codes >= _PLENTY * size:
+        return ""
+    most = f", at most {codes / size:.1%} of them" if codes < size else ""
+    return f"too low: {codes:,} codes cannot show how evenly {size:,} are used{most}"
 
 
 def _check(tokenizer: ImageTokenizer, squares: np.ndarray) -> None:
