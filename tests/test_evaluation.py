@@ -325,7 +325,9 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     assert_mistake(evaluate(suite="emojy"), "did you mean emoji")
     (tmp_path / "kindless.yaml").write_text("names: 3\n")
     assert_mistake(evaluate(suite="kindless.yaml"), "kind is None: choose one of emoji")
-    assert_mistake(evaluate(model=tiny_tokenizers / "image"), "use --suite tokenizer")
+    for tokeniser in (tiny_tokenizers / "image", "emoji-rdpm-32"):
+        assert_mistake(evaluate(model=tokeniser), "use --suite tokenizer")
+    assert_mistake(evaluate(model="emoji-tinny"), "none of the shipped models", "did you mean")
     text = tiny_tokenizers / "text"
     assert_mistake(evaluate(model=text, suite="tokenizer"), "no image tokeniser")
     (tmp_path / "empty.txt").write_text("\n\n")

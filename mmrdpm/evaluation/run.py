@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -92,7 +93,7 @@ def _subject(model: str, suite: Suite) -> tuple[Path, Path, Path]:
     if isinstance(suite, TokenizerSuite):
         home, folder = _tokenizer_folder(model)
         return home, folder, folder / image_tokenizer.WEIGHTS_FILE
-    folder = shipped.resolve("models", model)
+    folder = _model_folder(model)
     weights = checkpoint.newest(folder) if folder.is_dir() else None
     if weights is None:
         holds = (folder / image_tokenizer.SPEC_FILE).is_file()
@@ -108,6 +109,16 @@ def _files(folder: Path, weights: Path) -> list[Path]:
     places = {folder: image_tokenizer.FILES, **{folder / k: v for k, v in TOKENIZER_FILES.items()}}
     named = [place / name for place, names in places.items() for name in names]
     return [p for p in (weights, folder / checkpoint.RECIPE_FILE, *named) if p.is_file()]
+
+
+def _model_folder(name: str) -> Path:
+    """The named folder, of a shipped tokeniser too: what it holds is told apart after this."""
+    try:
+        return shipped.resolve("models", name)
+    except MmrdpmError:
+        with suppress(MmrdpmError):
+            return shipped.resolve("tokenizers", name)
+        raise
 
 
 def _tokenizer_folder(name: str) -> tuple[Path, Path]:
