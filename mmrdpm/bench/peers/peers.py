@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -58,6 +59,8 @@ def parameters(peer: Peer) -> int:
 
 def _module(name: str) -> ModuleType:
     """The module of a peer, whose library is imported now."""
+    # diffusers imports it, and where its build does not fit it says so at length
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     try:
         return import_module(f"mmrdpm.bench.peers.{name}")
     except ModuleNotFoundError as error:
