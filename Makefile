@@ -25,8 +25,10 @@ endif
 	.venv/bin/pip install -q -e .
 	touch $@
 
+# torch-fidelity without its torchvision, which the usual index has for CUDA alone: tests have a stand-in
 .venv/dev: .venv/core
 	.venv/bin/pip install -q -e '.[dev]'
+	.venv/bin/pip install -q --no-deps 'torch-fidelity>=0.4'
 	touch $@
 
 quickstart: setup
