@@ -32,9 +32,10 @@ def main(names: list[str], overrides: list[str]) -> None:
         scene = Scene(loaded)
         quality, images = Quality(scene, loaded.judging), scene.images
         images.noise_pool = loaded.ours.noise_pool
-        latents = scene.latents[quality.chosen]
+        chosen = quality.group.indices
+        latents = scene.latents[chosen]
         through = images.encode_latents(latents, range(len(latents)))[1][0]
-        left = psnr(images.decode_latents(through), to_tensor(scene.data.images[quality.chosen]))
+        left = psnr(images.decode_latents(through), to_tensor(scene.data.images[chosen]))
         size = {"steps": images.num_timesteps, "codebook_size": images.codebook_size}
         how = {"noise_pool": images.noise_pool, "count": len(latents)}
         figures = {"psnr": left.mean().item(), **asdict(quality(scene.decode(through)))}

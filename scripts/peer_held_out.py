@@ -2,10 +2,10 @@
 
     python scripts/peer_held_out.py runs/peers-emoji scales [ours ...] [key=value ...]
 
-Draws up to 200 emoji of each split by the last checkpoint, at every guidance scale and temperature
-of the recipe's judging, whose keys can be overridden, and prints a JSON line each: the shares whose
-concept is the nearest, and among the ten nearest, of all without a skin tone, and KID from the true
-pictures.
+Draws `judging.concepts` emoji of each split by the last checkpoint, at every guidance scale and
+temperature of the recipe's judging, whose keys can be overridden, and prints a JSON line each: the
+shares whose concept is the nearest, and among the ten nearest, of all without a skin tone, and KID
+from the true pictures, with 95% intervals.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from PIL import Image
 
 from mmrdpm import checkpoint, machine, recipe, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER
-from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
+from mmrdpm.bench.peers.protocol import PeerBench, Scene
+from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.trainer import Trainer
-from mmrdpm.evaluation import drawn
-from mmrdpm.evaluation.emoji import choose
+from mmrdpm.evaluation.suite import GROUPS
 from mmrdpm.model_recipe import Tokenizers
 
-SPLITS, NAMES, AT_ONCE = ("train", "held_out_tone", "held_out_concept"), 200, 50
+AT_ONCE = 50  # pictures
 
 
 @torch.no_grad()
@@ -36,32 +36,23 @@ def main(out: Path, names: list[str], overrides: list[str]) -> None:
     machine.prepare(loaded.equal.threads)
     own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
     loaded = replace(loaded, tokenizers=own)
-    scene, judge, judging = Scene(loaded), drawn.emoji_judge(), loaded.judging
-    data = scene.data
+    scene, judging = Scene(loaded), loaded.judging
+    judges = {split: Quality(scene, judging, group) for group, split in GROUPS.items()}
     for name in names:
         trainer = Trainer(name, loaded, scene, out, lr=0.0, steps=1)
         latest = checkpoint.newest(out / name / "run")
         if latest is None:
             raise SystemExit(f"{out / name}: not trained")
         weights.load_into(trainer.peer, latest)
-        temperatures = judging.temperatures if trainer.peer.draws_codes else (1.0,)
-        grid = product(SPLITS, trainer.peer.steps, judging.guidance_scales, temperatures)
-        for split, *way in grid:
-            how = How(*way)
-            chosen = choose(data, split, NAMES, judging.seed)
-            captions = [scene.captions[i] for i in chosen]
+        for (split, quality), how in product(judges.items(), trainer.peer.ways(judging)):
+            captions = [scene.captions[i] for i in quality.group.indices]
             torch.manual_seed(judging.seed)
             pictures: list[Image.Image] = []
-            for start in range(0, len(chosen), AT_ONCE):
+            for start in range(0, len(captions), AT_ONCE):
                 latents = trainer.peer.draw(captions[start : start + AT_ONCE], how)
                 pictures += scene.decode(latents)
-            concepts = [data.concepts[i] for i in chosen]
-            top_1, top_10 = drawn.named_in_top(judge, pictures, concepts)
-            real = [Image.fromarray(data.images[i]) for i in chosen]
-            kid = drawn.kid(judge.features, pictures, real)
-            figures = {"top1": top_1.value, "top10": top_10.value, "kid": kid.value}
-            line = {"peer": name, "split": split, "count": len(chosen), **asdict(how), **figures}
-            print(json.dumps(line), flush=True)
+            line = {"peer": name, "split": split, "count": len(captions), **asdict(how)}
+            print(json.dumps({**line, **asdict(quality(pictures))}), flush=True)
 
 
 if __name__ == "__main__":

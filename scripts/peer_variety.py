@@ -34,7 +34,7 @@ def main(out: Path, names: list[str]) -> None:
     loaded = replace(loaded, tokenizers=own)
     scene = Scene(loaded)
     quality = Quality(scene, loaded.judging)
-    real, features = quality.real[:CONCEPTS], quality.judge.features
+    real, features = quality.group.pictures[:CONCEPTS], quality.judge.features
     others = drawn.diversity(features, [real, real[1:] + real[:1]])
     print(f"two concepts' true pictures: {others.value:.3f}")
     for name in names:
@@ -44,7 +44,7 @@ def main(out: Path, names: list[str]) -> None:
         weights.load_into(trainer.peer, latest)
         best = max(read(out / name / "curve.json")["points"][-1]["drawn"], key=lambda d: d["top10"])
         how = How(best["steps"], best["guidance_scale"], best["temperature"])
-        captions = [scene.captions[i] for i in quality.chosen[:CONCEPTS]]
+        captions = [scene.captions[i] for i in quality.group.indices[:CONCEPTS]]
         torch.manual_seed(loaded.judging.seed)
         by_seed = []
         with torch.no_grad():

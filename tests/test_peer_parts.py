@@ -1,17 +1,26 @@
 # ruff: noqa: E402 (what needs the extra is imported after it was looked for)
 """What several peers share: their recipe, residual codes, captions as they see them, plots."""
 
+from dataclasses import asdict
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 for package in ("diffusers", "transformers", "transfusion_pytorch", "matplotlib"):
     pytest.importorskip(package, reason="the extra `peers` is not installed")
 
+import mmrdpm
 from mmrdpm import recipe, shipped
 from mmrdpm.bench.peers import report
 from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.llama import prefix_mask
-from mmrdpm.bench.peers.protocol import PeerBench, left_padded
+from mmrdpm.bench.peers.protocol import Judging, PeerBench, left_padded
+from mmrdpm.bench.peers.quality import Quality
+from mmrdpm.data.emoji import load_emoji
+from mmrdpm.evaluation import drawn, emoji
+from mmrdpm.evaluation.store import Store
+from mmrdpm.evaluation.suite import EmojiSuite
 
 
 @pytest.mark.parametrize(
@@ -52,6 +61,24 @@ def test_captions_are_padded_on_the_left_and_text_is_causal():
         [0, 1, 1, 1, 1, 1],
         [0, 1, 1, 1, 1, 1],
     ]
+
+
+def test_figures_have_the_protocol_of_an_evaluation(
+    pixel_features, tiny_run, tmp_path, monkeypatch
+):
+    """All of it but how a picture is drawn: the same keys, and the same values."""
+    monkeypatch.setattr(emoji, "EfficientNetLite0", drawn.EfficientNetLite0)
+    metrics, group = ("named", "kernel_distance"), "held-out concepts"
+    suite = EmojiSuite(metrics, (group,), names=3)
+    evaluation = emoji.EmojiEvaluation(mmrdpm.load(tiny_run), suite, Store(tmp_path, ""))
+    figures = [figure for part in evaluation.parts() for figure in part.make()]
+    expected = {k: v for f in figures if f.name.startswith("drawn") for k, v in f.protocol.items()}
+    own = {"top", "noise", *asdict(evaluation.model.sampling)}
+    scene = SimpleNamespace(data=load_emoji(16))
+    quality = Quality(scene, Judging(concepts=3), group)
+    assert {k: v for k, v in quality.protocol.items() if k != "noise"} == {
+        k: v for k, v in expected.items() if k not in own
+    }
 
 
 def test_quality_lies_over_the_time_of_its_own_updates_and_drawing(monkeypatch, tmp_path):

@@ -289,6 +289,8 @@ def test_the_command_runs_all_peers_and_goes_on_where_it_was(command, tmp_path, 
     assert "in turns on" in (out / "table.md").read_text()
 
     last = results["curve"][-1]["drawn"]
+    assert {entry["temperature"] for entry in last} == {None}  # a flow draws no codes
+    assert "| 3 | 2 |  |" in (out / "table.md").read_text() and results["protocol"]["count"] == 5
     last.append({**last[0], "top10": 1.0, "kid": -1.0, "guidance_scale": 4.0})
     (out / "flow" / "results.json").write_text(json.dumps(results))
     begun = (out / "ours" / "results.json").stat().st_mtime_ns

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from mmrdpm.bench.peers.codes import ResidualCodes
-from mmrdpm.bench.peers.protocol import Caption, Peer, Shape, left_padded
+from mmrdpm.bench.peers.protocol import Caption, How, Peer, Shape, left_padded
 from mmrdpm.sampling.choose import Choice, choose
 
 
@@ -74,9 +74,10 @@ def with_and_without(captions: Sequence[Caption]) -> list[Caption]:
     return [*captions, *[()] * len(captions)]
 
 
-def drawn(logits: Tensor, temperature: float) -> Tensor:
+def drawn(logits: Tensor, how: How) -> Tensor:
     """Codes `[B, ...]` from logits `[B, ..., K]`, by torch's global generator."""
-    return choose(logits, Choice(temperature), [torch.default_generator] * len(logits))
+    assert how.temperature is not None
+    return choose(logits, Choice(how.temperature), [torch.default_generator] * len(logits))
 
 
 def prefix_mask(real: Tensor, blocks: Tensor) -> Tensor:

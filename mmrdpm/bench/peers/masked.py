@@ -48,6 +48,7 @@ class Masked(LlamaPeer):
         return cross_entropy(logits[masked], codes[masked])
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
+        assert how.temperature is not None
         scheduler: Any = AmusedScheduler(mask_token_id=self.codes.codebook.size)
         scheduler.set_timesteps(how.steps, device=self.device)
         codes = torch.full((len(captions), self.tokens), self.codes.codebook.size)

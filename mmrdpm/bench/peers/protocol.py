@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -95,8 +96,8 @@ class Judging:
 
     Attributes:
         concepts: training concepts without a skin tone that are drawn.
-        guidance_scales, temperatures: all pairs are judged, the table shows the best by top 10; of
-            peers that draw no codes, the first temperature alone.
+        guidance_scales, temperatures: all pairs are judged, the table shows the best by top 10;
+            peers that draw no codes have no temperature.
         speed_batches: numbers of pictures drawn at once when sampling is timed.
         repeats: of each timing; the median counts.
     """
@@ -226,11 +227,16 @@ class How:
 
     Attributes:
         steps: network evaluations; a peer whose method fixes them does not look at it.
+        temperature: of the codes, None where none are drawn.
     """
 
     steps: int
     guidance_scale: float
-    temperature: float
+    temperature: float | None
+
+    def __str__(self) -> str:
+        warm = "" if self.temperature is None else f", temperature {self.temperature:g}"
+        return f"{self.steps} steps, guidance {self.guidance_scale:g}{warm}"
 
 
 class Peer(nn.Module, ABC):
@@ -247,6 +253,11 @@ class Peer(nn.Module, ABC):
     draws_codes: ClassVar[bool] = True
     tokens: int
     steps: tuple[int, ...]
+
+    def ways(self, plan: Judging) -> list[How]:
+        """All ways of drawing that are judged."""
+        temperatures = plan.temperatures if self.draws_codes else (None,)
+        return [How(*way) for way in product(self.steps, plan.guidance_scales, temperatures)]
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:

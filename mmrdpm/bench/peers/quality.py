@@ -9,7 +9,8 @@ from PIL import Image
 
 from mmrdpm.bench.peers.protocol import Judging, Scene
 from mmrdpm.evaluation import drawn
-from mmrdpm.evaluation.emoji import choose
+from mmrdpm.evaluation.emoji import TRAINING, choose_group
+from mmrdpm.evaluation.figure import Protocol
 from mmrdpm.metrics.interval import Interval
 
 
@@ -28,23 +29,31 @@ class Figures:
 
 
 class Quality:
-    """Judges pictures of the chosen training concepts.
+    """Judges pictures of the chosen emoji of a group.
 
     Attributes:
-        chosen: positions of their records in the data.
+        group: those emoji, and their true pictures.
+        protocol: of all figures, by the keys that `mmrdpm eval` has.
 
     Raises:
         DataError: the extra `eval` is not installed.
     """
 
-    def __init__(self, scene: Scene, plan: Judging) -> None:
+    def __init__(self, scene: Scene, plan: Judging, group: str = TRAINING) -> None:
         self.judge = drawn.emoji_judge()
-        self.chosen = choose(scene.data, "train", plan.concepts, plan.seed)
-        self.names = [scene.data.names[i] for i in self.chosen]
-        self.real = [Image.fromarray(scene.data.images[i]) for i in self.chosen]
+        self.group = choose_group(scene.data, group, plan.concepts, plan.seed)
+        real, features = self.group.pictures, self.judge.features
+        self.protocol: Protocol = {
+            **self.group.protocol,
+            "seed": plan.seed,
+            "noise": "torch's generator, from the seed anew for each way of drawing",
+            **self.judge.protocol,
+            **drawn.kid_protocol(features, real, real, paired=True),
+        }
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Figures:
-        top_1, top_10 = drawn.named_in_top(self.judge, pictures, self.names)
-        distance = drawn.kid(self.judge.features, pictures, self.real)
+        top_1, top_10 = drawn.named_in_top(self.judge, pictures, self.group.concepts)
+        real = self.group.pictures
+        distance = drawn.kid(self.judge.features, pictures, real, paired=True)
         intervals = {"top1": top_1.interval, "top10": top_10.interval, "kid": distance.interval}
         return Figures(top_1.value, top_10.value, distance.value, intervals)

@@ -53,7 +53,7 @@ class Raster(LlamaPeer):
         for place in range(self.tokens):
             hidden = self.run(inputs, seen.long(), cache)[:, -1]
             logits = guided(self.head(hidden).float(), how.guidance_scale)
-            codes.append(drawn(logits, how.temperature))
+            codes.append(drawn(logits, how))
             inputs = self.embed(codes[-1].repeat(2)[:, None], place)
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
         return self.codes.partial(self.levels(torch.stack(codes, dim=1)))

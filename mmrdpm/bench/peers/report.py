@@ -112,8 +112,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         _, result, steps = ways[0]
         note = (
             f"{result['concepts']} training concepts, features of EfficientNet-Lite0, 95% intervals"
-            " over the pictures, of the guidance scales and temperatures T the best by top 10; MiB"
-            f" beyond the weights while training and judging; trained on {result['machine']}."
+            " over the pictures, of the guidance scales and temperatures T the best by top 10; KID"
+            " is lowered by the pairs of one name (docs/evaluation.md); MiB beyond the weights"
+            f" while training and judging; trained on {result['machine']}."
         )
         if result["timed_on"]:
             batches = " and ".join(str(batch) for batch, _ in _speeds(result, steps))
@@ -166,7 +167,7 @@ def _row(title: str, result: dict[str, Any], steps: int) -> list[str]:
         f"{result['psnr']:.2f}",
         str(steps),
         f"{figures['guidance_scale']:g}",
-        f"{figures['temperature']:g}",
+        "" if figures["temperature"] is None else f"{figures['temperature']:g}",
         _with_interval(figures, "top1", 100, "{:.0f}%".format),
         _with_interval(figures, "top10", 100, "{:.0f}%".format),
         _with_interval(figures, "kid", 1000, "{:.0f}".format),

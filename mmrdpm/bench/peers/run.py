@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> dict[
             missing[name] = str(error)
     if not trainers:
         return missing
-    judging, captions = recipe.judging, [scene.captions[i] for i in quality.chosen]
+    judging, captions = recipe.judging, [scene.captions[i] for i in quality.group.indices]
     peers = {name: trainer.peer for name, trainer in trainers.items()}
     ways = [(name, _best(out, name, steps)) for name in peers for steps in peers[name].steps]
     timing = {
@@ -217,16 +216,13 @@ class Run:
         """Adds a point to the curve, unless it is there already."""
         if any(point["step"] == trainer.step for point in self.points):
             return
-        judging, peer = self.recipe.judging, trainer.peer
-        temperatures = judging.temperatures if peer.draws_codes else judging.temperatures[:1]
         drawn = []
-        for how in starmap(How, product(peer.steps, judging.guidance_scales, temperatures)):
+        for how in trainer.peer.ways(self.recipe.judging):
             figures = self._figures(trainer, how)
             drawn.append({**asdict(how), **figures})
             monitor.say(
-                f"{self.name} update {trainer.step}: {how.steps} steps, guidance"
-                f" {how.guidance_scale:g}, temperature {how.temperature:g}: top 10"
-                f" {figures['top10']:.1%}, top 1 {figures['top1']:.1%}, KID {figures['kid']:.4f}"
+                f"{self.name} update {trainer.step}: {how}: top 10 {figures['top10']:.1%},"
+                f" top 1 {figures['top1']:.1%}, KID {figures['kid']:.4f}"
             )
         self.points.append(
             {
@@ -241,14 +237,14 @@ class Run:
     @torch.no_grad()
     def _figures(self, trainer: Trainer, how: How) -> dict[str, float]:
         torch.manual_seed(self.recipe.judging.seed)
-        captions = [self.scene.captions[i] for i in self.quality.chosen]
+        captions = [self.scene.captions[i] for i in self.quality.group.indices]
         pictures = []
         for start in range(0, len(captions), _AT_ONCE):
             latents = trainer.peer.draw(captions[start : start + _AT_ONCE], how)
             pictures += self.scene.decode(latents)
         columns, rows = _SHEET
         shown = [pictures[i * columns : (i + 1) * columns] for i in range(rows)]
-        name = f"{how.steps}-steps-guidance-{how.guidance_scale:g}-temperature-{how.temperature:g}"
+        name = str(how).replace(",", "").replace(" ", "-")
         path = self.folder / "run" / "samples" / f"step-{trainer.step:07d}-{name}.png"
         path.parent.mkdir(exist_ok=True)
         contact_sheet([row for row in shown if row], scale=2).save(path)
@@ -257,8 +253,9 @@ class Run:
     @torch.no_grad()
     def _psnr(self, trainer: Trainer) -> float:
         """Mean over the judged pictures of what the peer's tokens, or latents, leave of them."""
-        images = to_tensor(self.scene.data.images[self.quality.chosen])
-        latents = self.scene.latents[self.quality.chosen].to(trainer.device)
+        chosen = self.quality.group.indices
+        images = to_tensor(self.scene.data.images[chosen])
+        latents = self.scene.latents[chosen].to(trainer.device)
         again = self.scene.images.decode_latents(trainer.peer.reconstruct(latents))
         return psnr(again.cpu(), images).mean().item()
 
@@ -275,7 +272,8 @@ class Run:
             "seconds": trainer.seconds,
             "training_megabytes": megabytes,
             "curve": self.points,
-            "concepts": len(self.quality.chosen),
+            "concepts": len(self.quality.group.indices),
+            "protocol": self.quality.protocol,
             "machine": measure.machine_class(trainer.dtype),
         }
         write(self.folder / RESULTS_FILE, results)

@@ -65,6 +65,6 @@ class Scales(LlamaPeer):
             end = start + length
             hidden = self.run(inputs, whole[..., start:end, :end], cache)
             logits = guided(self.head(hidden).float(), how.guidance_scale)
-            codes.append(drawn(logits, how.temperature))
+            codes.append(drawn(logits, how))
             before, start = self.codes.partial(codes).repeat(2, 1, 1, 1), end
         return self.codes.partial(codes)
