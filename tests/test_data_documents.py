@@ -289,10 +289,27 @@ def test_broken_records_are_logged_and_too_many_stop_the_run(parts, tmp_path):
     assert patient.rows.broken()["p: empty caption"] == len(lines) > 10
     assert '"key": "0.png"' in "".join(lines) and '"cause": "empty caption"' in lines[0]
     for workers in (0, 1):
-        strict = make(0.1, workers=workers)
-        with pytest.raises(DataError, match=r"records are broken.*max_broken_share.*p: empty capt"):
+        (tmp_path / "skipped.jsonl").unlink()
+        strict, says = make(0.1, workers=workers), "records are broken.*max_broken_share.*p: empty"
+        with pytest.raises(DataError, match=rf"{says}.*; all are listed in .*skipped\.jsonl$"):
             for _ in range(60):
                 strict.batch()
+        lines = (tmp_path / "skipped.jsonl").read_text().splitlines()  # with the last batch's
+        assert len(lines) == strict.rows.broken().total()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_without_a_whole_record_lists_them_and_stops_the_run(parts, workers, tmp_path):
+    images, texts, vocabulary = parts
+    (tmp_path / "t.jsonl").write_text("{\n" * 20)
+    source = {"t": {"type": "text", "path": str(tmp_path / "t.jsonl")}}
+    shape = {"rows": 1, "seq_len": 64, "steps_per_image": 2, "max_caption_tokens": 8}
+    plan = recipe.from_dict(DataPlan, {"sources": source, "workers": workers, **shape}, "test")
+    log = tmp_path / "skipped.jsonl"
+    loader = Loader(plan, 0, images, texts, vocabulary, skipped_log=log)
+    with pytest.raises(DataError, match=r"500 records in a row are .*listed in .*skipped\.jsonl$"):
+        loader.batch()
+    assert len(log.read_text().splitlines()) == 500
 
 
 def test_a_small_source_that_is_broken_stops_the_run(parts, tmp_path):

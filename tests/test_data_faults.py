@@ -16,6 +16,7 @@ from mmrdpm import recipe, text_tokenizer
 from mmrdpm.cli import main
 from mmrdpm.data import lines
 from mmrdpm.data.cache import CacheWriter
+from mmrdpm.data.images import ImagePlan, open_images
 from mmrdpm.data.inspect import inspect
 from mmrdpm.data.loader import Loader
 from mmrdpm.data.pictures import PictureError, open_picture
@@ -311,3 +312,13 @@ def test_what_reads_a_shard_and_fails_is_told_in_words(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DataError, match="is read by curl, which is not here: install it"):
         list(opened("webdataset", "http://127.0.0.1:1/s.tar").shard(0))
+
+
+def test_the_batch_with_which_broken_pictures_are_too_many_is_listed(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.png").write_bytes(png() if i >= 15 else b"no picture")
+    plan, log = ImagePlan({"p": SourceConfig("folder", path=str(tmp_path))}), tmp_path / "skipped"
+    images = open_images(plan, 0, 32, 64, log)
+    with pytest.raises(DataError, match=r"records are broken.*; all are listed in .*skipped$"):
+        images.images(64, torch.Generator())
+    assert len(log.read_text().splitlines()) == images.figures()["data/skipped"] > 50

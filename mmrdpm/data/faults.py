@@ -29,6 +29,18 @@ class Skipped:
     record: Broken
 
 
+class AllBroken(DataError):
+    """So many records in a row are broken that no whole one may be left.
+
+    Attributes:
+        skipped: those, and what was left out before them since the last row.
+    """
+
+    def __init__(self, message: str, skipped: Sequence[Skipped] = ()) -> None:
+        super().__init__(message)
+        self.skipped = skipped
+
+
 class SkippedLog:
     """Where the records that are left out are told.
 
@@ -49,6 +61,10 @@ class SkippedLog:
             if record.key not in self._told:
                 self._told.add(record.key)
                 print(f"mmrdpm: warning: {record.key}: damaged: {record.detail}", file=sys.stderr)
+
+    def named(self, error: DataError) -> DataError:
+        """What stops a run, with the place where its cause is listed, if there is one."""
+        return DataError(f"{error}; all are listed in {self.path}") if self.path else error
 
 
 class ReadOnce:

@@ -177,12 +177,13 @@ class StreamedImages:
     def __init__(
         self, plan: ImagePlan, seed: int, size: int, batch_size: int, skipped_log: Path | None
     ) -> None:
-        self.batch_size, self.skipped_log = batch_size, SkippedLog(skipped_log)
+        self.batch_size = batch_size
         sources = {name: _open(name, config) for name, config in plan.sources.items()}
         weights = {name: config.weight for name, config in plan.sources.items()}
         self.stream = Mixture(sources, weights, seed, Cropper(plan, size))
         rank, ranks = distributed.rank(), distributed.world_size()
-        self.rows = Lanes(self.stream, plan.rows(batch_size), (1,), rank, ranks)
+        rows, log = plan.rows(batch_size), SkippedLog(skipped_log)
+        self.rows = Lanes(self.stream, rows, (1,), rank, ranks, log)
         self.mark()
 
     def images(self, count: int, generator: torch.Generator) -> Tensor:
@@ -197,8 +198,7 @@ class StreamedImages:
     def _read(self, count: int) -> Tensor:
         squares = []
         for _ in range(count // self.batch_size):
-            rows, skipped = self.rows.next()
-            self.skipped_log.add(skipped)
+            rows = self.rows.next()
             squares += [image.image for row in rows for draft in row for image in draft.images]
         return to_tensor(np.stack(squares))
 

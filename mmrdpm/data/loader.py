@@ -65,10 +65,12 @@ class Loader:
             )
         self.plan, self.vocabulary, self.image_tokenizer = plan, vocabulary, image_tokenizer
         self.stream = open_stream(plan, seed, image_tokenizer, text_tokenizer, vocabulary)
-        in_order = not plan.sources and plan.look_ahead is None
-        kind = InOrder if in_order else Lanes
-        self.rows = kind(self.stream, plan, image_tokenizer.grid, rank, world_size)
-        self.skipped_log = SkippedLog(skipped_log)
+        grid, log = image_tokenizer.grid, SkippedLog(skipped_log)
+        self.rows: InOrder | Lanes
+        if not plan.sources and plan.look_ahead is None:
+            self.rows = InOrder(self.stream, plan, grid, rank, world_size)
+        else:
+            self.rows = Lanes(self.stream, plan, grid, rank, world_size, log)
         self._before = self.rows.state()
 
     def describe(self) -> str:
@@ -100,8 +102,7 @@ class Loader:
             DataError: a source failed, too many records are broken, or one is longer than a row.
         """
         self._before = self.rows.state()
-        rows, skipped = self.rows.next()
-        self.skipped_log.add(skipped)
+        rows = self.rows.next()
         grid = self.image_tokenizer.grid
         channels = self.image_tokenizer.latent_channels
         return pack(self._tokenise(rows), self.plan.seq_len, self.vocabulary, channels, len(grid))

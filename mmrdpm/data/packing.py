@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmrdpm.data.documents import Draft
-from mmrdpm.data.faults import Skipped
+from mmrdpm.data.faults import AllBroken, Skipped
 from mmrdpm.data.mixture import Item
 from mmrdpm.data.records import Broken
 from mmrdpm.errors import DataError
@@ -113,9 +113,10 @@ class Lane:
                 self._skipped.append(Skipped(item.source, item.draft))
                 self._broken_in_a_row += 1
                 if self._broken_in_a_row == _IN_A_ROW:  # it might search for ever
-                    raise DataError(
+                    raise AllBroken(
                         f"{_IN_A_ROW} records in a row are broken, the last: {item.draft}: mend the"
-                        " data"
+                        " data",
+                        self._skipped,
                     )
                 self._append(None)
             else:

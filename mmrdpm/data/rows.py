@@ -15,7 +15,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmrdpm.data.documents import Draft
-from mmrdpm.data.faults import Skipped, check_broken, check_shards, check_sources
+from mmrdpm.data.faults import (
+    AllBroken,
+    Skipped,
+    SkippedLog,
+    check_broken,
+    check_shards,
+    check_sources,
+)
 from mmrdpm.data.mixture import Item, Mixture
 from mmrdpm.data.packing import Lane, too_long
 from mmrdpm.data.plan import DataPlan
@@ -60,7 +67,7 @@ class InOrder:
         self._documents = self.stream.documents(0, 1, self._next_document)
         self._held: Draft | None = None
 
-    def next(self) -> tuple[list[list[Draft]], list[Skipped]]:
+    def next(self) -> list[list[Draft]]:
         """The next rows.
 
         Raises:
@@ -78,7 +85,7 @@ class InOrder:
             row = next((r for r, left in enumerate(room) if left >= size), None)
             if row is None:
                 self._held = draft
-                return rows[self.mine], []
+                return rows[self.mine]
             rows[row].append(draft)
             room[row] -= size
             self._next_document, self._held = self._next_document + 1, None
@@ -98,12 +105,23 @@ class InOrder:
 
 
 class Lanes:
-    """A row per lane, see `packing.Lane`; lanes are dealt to the rank's worker processes."""
+    """A row per lane, see `packing.Lane`; lanes are dealt to the rank's worker processes.
+
+    Args:
+        skipped_log: gets the records that are left out on the way.
+    """
 
     def __init__(
-        self, stream: Stream, plan: DataPlan, grid: tuple[int, ...], rank: int, world_size: int
+        self,
+        stream: Stream,
+        plan: DataPlan,
+        grid: tuple[int, ...],
+        rank: int,
+        world_size: int,
+        skipped_log: SkippedLog,
     ) -> None:
         self.stream, self.plan, self.grid = stream, plan, grid
+        self.skipped_log = skipped_log
         self.lanes = list(range(rank, plan.rows, world_size))
         self.restore({"lanes": dict.fromkeys(self.lanes)})
 
@@ -120,8 +138,8 @@ class Lanes:
         self._states = {lane: state["lanes"][lane] for lane in self.lanes}
         self._parts: Iterator[_Part] | None = None
 
-    def next(self) -> tuple[list[list[Draft]], list[Skipped]]:
-        """The next rows, and the records left out on the way.
+    def next(self) -> list[list[Draft]]:
+        """The next rows.
 
         Raises:
             DataError: too many records are broken, or a source failed.
@@ -133,14 +151,21 @@ class Lanes:
         skipped: list[Skipped] = []
         for _ in range(max(1, workers)):
             part = next(self._parts)
+            if isinstance(part, AllBroken):
+                self.skipped_log.add(part.skipped)
+                raise self.skipped_log.named(part)
             if isinstance(part, MmrdpmError):
                 raise part
             for filled in part:
                 rows[filled.lane], self._states[filled.lane] = filled.row, filled.state
                 skipped += filled.skipped
         if skipped:
-            self._check_broken(skipped)
-        return [rows[lane] for lane in self.lanes], skipped
+            self.skipped_log.add(skipped)  # first, as it says what stops the run
+            try:
+                self._check_broken(skipped)
+            except DataError as error:
+                raise self.skipped_log.named(error) from None
+        return [rows[lane] for lane in self.lanes]
 
     def _check_broken(self, last: Sequence[Skipped]) -> None:
         """Over all lanes, as each one alone sees too few records."""
