@@ -202,8 +202,9 @@ def test_one_empty_shard_stops_nothing_all_of_them_do(tmp_path):
     found = [next(full.records(lane, 3, "seed", None))[1] for lane in range(3)]
     assert all(isinstance(r, Pair) for r in found)
     empty = opened("webdataset", tmp_path / "0.tar")
-    with pytest.raises(DataError, match="hold no records"):
+    with pytest.raises(DataError, match=r"/0\.tar: no records found"):
         next(empty.records(0, 3, "seed", None))
+    assert str(full) == f"{tmp_path / '0.tar'} and 2 more"
 
 
 def test_shards_come_through_http_and_pipes_and_failures_are_clear(tmp_path):

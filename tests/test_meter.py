@@ -31,8 +31,14 @@ def test_means_shares_and_rates_by_hand(monkeypatch):
     found.start()
     found.add([Losses(losses[0], losses[:1], torch.tensor([1]))], torch.tensor([[0]]), 0.0)
     now[0] = 15.0
-    again, _ = found.figures()
+    again, shown = found.figures()
     assert again["loss/image"] == 1 and "loss/text" not in again and "loss/timestep_02" not in again
+    assert (shown["text"], shown["image"], shown["(t=2"], shown["t=1"]) == (
+        "-",
+        "1.000",
+        "-",
+        "1.00)",
+    )
 
 
 def test_a_monitor_that_goes_back_has_every_step_once(tmp_path):

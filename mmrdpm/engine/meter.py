@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -83,10 +84,10 @@ class Meter:
             "peak_memory_gb": _memory(self.device) / 1e9,
         }
         shown = {
-            "text": f"{means[0]:.3f}",
-            "image": f"{image:.3f}",
-            f"(t={self.num_timesteps}": f"{means[self.num_timesteps + 1]:.2f}",
-            "t=1": f"{means[2]:.2f})",
+            "text": _written(means[0].item(), 3),
+            "image": _written(image, 3),
+            f"(t={self.num_timesteps}": _written(means[self.num_timesteps + 1].item(), 2),
+            "t=1": _written(means[2].item(), 2) + ")",
             "tokens/s": f"{useful / elapsed:,.0f}",
         }
         self._clear()
@@ -97,6 +98,10 @@ class Meter:
 
     def _reduced(self, tensor: Tensor) -> Tensor:
         return distributed.sum_over_ranks(tensor.clone().to(self.device)).cpu()
+
+
+def _written(mean: float, digits: int) -> str:
+    return "-" if math.isnan(mean) else f"{mean:.{digits}f}"  # the mean of nothing is no number
 
 
 def _memory(device: torch.device) -> int:

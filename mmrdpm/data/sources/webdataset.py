@@ -147,7 +147,8 @@ class Shards(Sharded):
         return hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
 
     def __str__(self) -> str:
-        return f"{self.urls[0]} and {len(self.urls) - 1} more"
+        more = len(self.urls) - 1
+        return self.urls[0] + (f" and {more} more" if more else "")
 
 
 def _text(content: bytes) -> str:
