@@ -27,10 +27,9 @@ from torch import Tensor
 from mmrdpm import distributed, hub, recipe, weights
 from mmrdpm.errors import CheckpointError
 
-RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
-_RESUME = "resume"
+RECIPE_FILE, LOG_FILE, SKIPPED_FILE = "recipe.yaml", "metrics.jsonl", "skipped.jsonl"
 _STATE, _SHARDS = "state.safetensors", "shards"  # in the folder of a sharded state
-_LOCK = ".lock"
+_RESUME, _LOCK = "resume", ".lock"
 _NAME = re.compile(r"step-\d{7}\.safetensors")
 
 
@@ -70,20 +69,19 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
     Nothing is written yet: what is wrong with the recipe's parts should not leave half a run.
 
     Args:
-        free: dotted keys that may differ when a run goes on, as what is computed does not hang on
-            them.
+        free: dotted keys that may differ when a run goes on: what is computed hangs on none.
 
     Raises:
-        CheckpointError: there is a run already, or a log, and `resume` is off; there is none, or
-            one of another recipe, and it is on.
+        CheckpointError: `resume` is off and there is a run, or a log, that did something; it is on
+            and there is no run, or one of another recipe.
     """
-    path = run / RECIPE_FILE
+    path, idle = run / RECIPE_FILE, _is_idle(run)
     if not resume:
-        if path.exists() or newest(run):
+        if (path.exists() and not idle) or newest(run):
             raise CheckpointError(
                 f"{run}: holds a run already: go on with --resume, or name another folder"
             )
-        if (log := run / LOG_FILE).exists():
+        if (log := run / LOG_FILE).exists() and not idle:
             raise CheckpointError(f"{log}: is the log of something else: name another folder")
         run.mkdir(parents=True, exist_ok=True)
         return
@@ -91,12 +89,24 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
         raise CheckpointError(f"{run}: no run to resume: leave --resume out to begin one")
     saved = recipe.from_dict(type(resolved), recipe.read(path), str(path))
     for key, old, new in _differences(recipe.to_dict(saved), recipe.to_dict(resolved)):
-        if key in free:
-            continue
-        raise CheckpointError(
-            f"{run}: was begun with {key}={old}, not {new}: resume it with the same recipe, or"
-            " begin anew in another folder"
-        )
+        if key not in free:
+            raise CheckpointError(
+                f"{run}: was begun with {key}={old}, not {new}: resume it with the same recipe, or"
+                f" begin anew {'without --resume' if idle else 'in another folder'}"
+            )
+
+
+def _is_idle(run: Path) -> bool:
+    """Whether a start failed there before it did anything: the empty log shows that it was one."""
+    log = run / LOG_FILE
+    return log.is_file() and not (log.stat().st_size or newest(run) or (run / _RESUME).exists())
+
+
+def forget(run: Path) -> None:
+    """Makes a run that `begin` lets begin anew one that has not begun; its folder is claimed."""
+    if (run / RECIPE_FILE).exists():
+        (run / SKIPPED_FILE).unlink(missing_ok=True)
+        (run / RECIPE_FILE).unlink()  # last, as it says that there is something to forget
 
 
 @contextmanager
@@ -246,8 +256,7 @@ def shards_of(path: Path) -> Path | None:
 
 def newest(run: Path) -> Path | None:
     """The weights of the newest checkpoint, None where there is none."""
-    found = _all(run)
-    return found[-1] if found else None
+    return max(_all(run), default=None)
 
 
 def agreed(run: Path) -> Path | None:

@@ -49,9 +49,12 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     with distributed.joined(recipe.train.timeout):
         resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(
-            lambda: checkpoint.begin(run, pretrained.complete(recipe, run), resume, MAY_CHANGE)
+            lambda: checkpoint.begin(
+                run, pretrained.complete(recipe, run if resume else None), resume, MAY_CHANGE
+            )
         )
         with checkpoint.claimed(run):
+            distributed.first(lambda: resume or checkpoint.forget(run))
             trainer = Trainer(recipe, run)
             trainer.check_prompts()  # a faulty one should not leave half a run
             distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers))
@@ -158,7 +161,7 @@ class Trainer:
             self.vocabulary,
             distributed.rank(),
             distributed.world_size(),
-            run / "skipped.jsonl",
+            run / checkpoint.SKIPPED_FILE,
         )
         self.latest: dict[str, float] = {}
 

@@ -59,7 +59,7 @@ def train_text(recipe: TextTokenizerRecipe, folder: Path) -> TextTokenizer:
         DataError: a source cannot be read, or too many of its records are broken.
         RecipeError: there are not ids enough.
     """
-    _check_free(folder, text_tokenizer.FILES)
+    _check_free(folder, (checkpoint.RECIPE_FILE, *text_tokenizer.FILES))
     fit = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
     tokenizer = fit[recipe.model](read_texts(recipe.data), recipe.vocab_size)
     tokenizer.save(folder)
@@ -85,17 +85,18 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
     with distributed.joined(plan.timeout):
         check_batches(recipe.data, plan.batch_size, plan.codebook_batch)
         size = recipe.tokenizer.autoencoder.image_size
-        skipped_log = run / "skipped.jsonl"
+        skipped_log = run / checkpoint.SKIPPED_FILE
         data = open_images(recipe.data, plan.seed, size, plan.batch_size, skipped_log)
         trainer = TokenizerTrainer(recipe.tokenizer, plan, data)
+        resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(lambda: _open(recipe, run, resume))
         with checkpoint.claimed(run):
+            distributed.first(lambda: resume or checkpoint.forget(run))
             distributed.first(lambda: checkpoint.record(run, recipe, {}))
             return _loop(recipe, run, trainer)
 
 
 def _open(recipe: ImageTokenizerRecipe, run: Path, resume: bool) -> None:
-    resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
     checkpoint.begin(run, recipe, resume, MAY_CHANGE)
     if not resume:
         _check_free(run, image_tokenizer.FILES)
@@ -103,7 +104,7 @@ def _open(recipe: ImageTokenizerRecipe, run: Path, resume: bool) -> None:
 
 def _check_free(folder: Path, files: Sequence[str]) -> None:
     """A tokeniser may lie there without a recipe, as in every run of a model."""
-    for name in (checkpoint.RECIPE_FILE, *files):
+    for name in files:
         if (folder / name).exists():
             raise CheckpointError(
                 f"{folder}: holds a tokeniser already ({name}): name another folder"

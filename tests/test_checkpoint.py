@@ -64,6 +64,28 @@ def test_the_log_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LOG_FILE]
 
 
+def test_a_start_that_did_nothing_may_begin_anew_and_one_that_did_something_not(tmp_path):
+    (log := tmp_path / checkpoint.LOG_FILE).touch()
+    (tmp_path / checkpoint.SKIPPED_FILE).write_text("of the records that stopped it")
+    checkpoint.record(tmp_path, CheckpointPolicy(), {})
+    checkpoint.begin(tmp_path, CheckpointPolicy(), resume=True)
+    with pytest.raises(CheckpointError, match=r"begun with every=500, not 7.*without --resume"):
+        checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=True)
+    (tmp_path / "resume").mkdir()  # as where its weights were moved elsewhere
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=False)
+    (tmp_path / "resume").rmdir()
+    log.write_text('{"step": 1}\n')
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=False)
+    log.write_text("")
+    checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=False)
+    assert recipe.read(tmp_path / checkpoint.RECIPE_FILE)["every"] == 500  # another may train there
+    checkpoint.forget(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LOG_FILE]
+    checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=False)  # a part was faulty
+
+
 def test_milestones_are_kept_and_orphaned_states_removed(tmp_path):
     for step in (10, 20, 30, 40):
         checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})

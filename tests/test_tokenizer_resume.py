@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmrdpm import checkpoint, recipe
 from mmrdpm.data.packing import Lane
-from mmrdpm.errors import DataError
+from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs")
@@ -37,6 +37,20 @@ def mapping(tmp_path_factory):
 
 def load(mapping):
     return recipe.from_dict(ImageTokenizerRecipe, mapping, "test")
+
+
+def test_a_start_that_fails_at_once_does_not_keep_its_folder(mapping, tmp_path, monkeypatch):
+    def fail(lane):
+        raise DataError("the network is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "row", fail)
+        with pytest.raises(DataError, match="the network is gone"):
+            train_image(load(mapping), tmp_path)
+    corrected = load({**mapping, "data": {**mapping["data"], "crop": "pad"}})
+    assert train_image(corrected, tmp_path)
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        train_image(corrected, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,14 @@ def test_a_source_that_fails_at_once_leaves_nothing_and_says_so(
     said = capsys.readouterr().err
     assert "step 0  no next batch: nothing was done yet, nothing is saved" in said
     assert checkpoint.newest(tmp_path / "run") is None
+    monkeypatch.undo()
+    corrected = recipe.load(ModelRecipe, texts_recipe, ["train.lr=0.002"])
+    with pytest.raises(CheckpointError, match=r"train\.lr=.*or begin anew without --resume"):
+        train(corrected, tmp_path / "run", resume=True)
+    assert train(corrected, tmp_path / "run")
+    assert recipe.read(tmp_path / "run" / "recipe.yaml")["train"]["lr"] == 0.002
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        train(corrected, tmp_path / "run")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")
