@@ -54,7 +54,7 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
             )
         )
         with checkpoint.claimed(run):
-            distributed.first(lambda: resume or checkpoint.forget(run))
+            distributed.first(lambda: None if resume else checkpoint.forget(run))
             trainer = Trainer(recipe, run)
             trainer.check_prompts()  # a faulty one should not leave half a run
             distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers))

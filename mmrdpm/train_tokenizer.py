@@ -91,7 +91,7 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
         resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(lambda: _open(recipe, run, resume))
         with checkpoint.claimed(run):
-            distributed.first(lambda: resume or checkpoint.forget(run))
+            distributed.first(lambda: None if resume else checkpoint.forget(run))
             distributed.first(lambda: checkpoint.record(run, recipe, {}))
             return _loop(recipe, run, trainer)
 
