@@ -153,6 +153,18 @@ def test_webdataset_groups_members_and_reports_what_lacks(tmp_path):
     assert shards(tmp_path / "s-0.tar", template="class {label}")[0].captions == ("class 7",)
 
 
+def test_where_a_name_of_members_is_wrong_all_that_are_there_are_listed(tmp_path):
+    members = [("1.jpg", image("JPEG")), ("1.caption", b"one"), ("2.jpg", image("JPEG"))]
+    path = write_tar(tmp_path / "s.tar", members)
+    first, second = shards(path)
+    assert first.detail.startswith("members: jpg, caption: set caption: to one of them")
+    assert second.detail.startswith("members: jpg: ")  # not those of the record before
+    assert shards(path, caption="caption")[0].captions == ("one",)
+    (record,) = [r for r in shards(path, image="png", caption="caption") if r.cause == "no image"]
+    assert record.detail == "members: jpg, caption: set image: to one of them"
+    assert "set label: to one" in shards(path, template="a {label}")[0].detail
+
+
 def test_a_cut_shard_gives_what_it_holds_and_says_so(tmp_path):
     members = [(f"{i}.{e}", c) for i in range(9) for e, c in (("png", image()), ("txt", b"t"))]
     path = write_tar(tmp_path / "s.tar", members)
@@ -210,7 +222,7 @@ def test_one_empty_shard_stops_nothing_all_of_them_do(tmp_path):
 def test_shards_come_through_http_and_pipes_and_failures_are_clear(tmp_path):
     path = write_tar(tmp_path / "s.tar", [("1.png", image()), ("1.txt", b"one")])
     assert shards(f"pipe:cat {path}")[0].captions == ("one",)
-    with pytest.raises(DataError, match=r"could not be read.*go on with --resume"):
+    with pytest.raises(DataError, match=r"could not be read.*a run then goes on with --resume"):
         shards("pipe:false")
     with pytest.raises(DataError, match="could not be read"):
         shards(f"pipe:head -c 700 {path}; exit 3")

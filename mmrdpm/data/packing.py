@@ -115,7 +115,7 @@ class Lane:
                 if self._broken_in_a_row == _IN_A_ROW:  # it might search for ever
                     raise AllBroken(
                         f"{_IN_A_ROW} records in a row are broken, the last: {item.draft}: mend the"
-                        " data",
+                        " data, or the source's keys in the recipe",
                         self._skipped,
                     )
                 self._append(None)

@@ -235,7 +235,7 @@ class Stream(Sharded):
         except DataError:
             raise
         except Exception as error:  # see open_dataset
-            mend = "check the network, then go on with --resume"
+            mend = "check the network; a run then goes on with --resume"
             raise _fault(str(self), f"shard {index} could not be read", error, mend) from None
 
     def fingerprint(self) -> str:

@@ -88,6 +88,7 @@ class Shards(Sharded):
 
     def _records(self, url: str, stream: IO[bytes]) -> Iterator[Record]:
         name, members = "", _Members()
+        suffixes: list[str] = []  # of all members, for who has named the wrong ones
         faults: list[Broken] = []
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
             for member in archive:
@@ -98,8 +99,9 @@ class Shards(Sharded):
                 base = f"{member.name.rpartition('/')[0]}/{base}".lstrip("/")
                 if base != name:
                     if members or faults:
-                        yield faults[0] if faults else self._record(url, name, members)
-                    name, members, faults = base, _Members(), []
+                        yield faults[0] if faults else self._record(url, name, members, suffixes)
+                    name, members, suffixes, faults = base, _Members(), [], []
+                suffixes.append(suffix)
                 if not self._wanted(suffix):
                     continue
                 if member.size > MAX_BYTES:
@@ -108,7 +110,7 @@ class Shards(Sharded):
                 elif content := archive.extractfile(member):
                     members[suffix.lower()] = content.read()
             if members or faults:
-                yield faults[0] if faults else self._record(url, name, members)
+                yield faults[0] if faults else self._record(url, name, members, suffixes)
             _check_end(archive)
 
     def _wanted(self, suffix: str) -> bool:
@@ -119,17 +121,20 @@ class Shards(Sharded):
     def _is_image(self, suffix: str) -> bool:
         return suffix == self.image if self.image else f".{suffix}" in IMAGE_SUFFIXES
 
-    def _record(self, url: str, name: str, members: _Members) -> Pair | Broken:
-        key = f"{url}#{name}"
+    def _record(self, url: str, name: str, members: _Members, suffixes: list[str]) -> Pair | Broken:
+        key, listed = f"{url}#{name}", f"members: {', '.join(suffixes)[:200]}"
         image = next((data for suffix, data in members.items() if self._is_image(suffix)), None)
         if image is None:
-            return Broken(key, "no image", f"members: {', '.join(members)}")
+            return Broken(key, "no image", f"{listed}: set image: to one of them")
         try:
             captions = self._captions(members)
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
             return Broken(key, "caption cannot be read", str(error)[:200])
         if captions is None:
-            return Broken(key, "no caption", f"members: {', '.join(members)}")
+            wanted = "label: to one of them"
+            if not self.template:
+                wanted = "caption: to one of them, or to json.NAME for a key of json"
+            return Broken(key, "no caption", f"{listed}: set {wanted}")
         return Pair(key, image, captions)
 
     def _captions(self, members: _Members) -> tuple[str, ...] | None:
@@ -209,5 +214,5 @@ def _unreachable(url: str, error: OSError) -> DataError:
     status = _STATUS.search(str(error))
     why = f"{command} ended with status {status[1]}" if status else error.strerror or error
     return DataError(
-        f"{url}: the shard could not be read ({why}): {mend}, then go on with --resume"
+        f"{url}: the shard could not be read ({why}): {mend}; a run then goes on with --resume"
     )
