@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from mmrdpm import checkpoint
@@ -25,6 +25,13 @@ class Tokenizers:
 
     image: str = "emoji-rdpm-32"
     text: str = "emoji-bpe-4k"
+
+
+@dataclass(frozen=True)
+class ModelTokenizers(Tokenizers):
+    """As above; a text tokenizer that is left out is that of `model.init_from`, if any."""
+
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ MAY_CHANGE = frozenset(  # when a run goes on
 class ModelRecipe:
     """A recipe of kind `model`."""
 
-    tokenizers: Tokenizers = field(default_factory=Tokenizers)
+    tokenizers: ModelTokenizers = field(default_factory=ModelTokenizers)
     model: TransformerConfig = field(default_factory=TransformerConfig)
     data: DataPlan = field(default_factory=DataPlan)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -103,6 +110,9 @@ class ModelRecipe:
     kind: Literal["model"] = "model"
 
     def __post_init__(self) -> None:
+        if not self.tokenizers.text and not self.model.init_from:
+            known = replace(self.tokenizers, text=Tokenizers.text)
+            object.__setattr__(self, "tokenizers", known)
         if self.train.soft_labels and not self.model.code_geometry:
             raise RecipeError(
                 "train.soft_labels compares codes by their vectors, which the model knows by"

@@ -93,7 +93,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     if rows % gpus:
         raise UsageError(f"data.rows is {rows}, no multiple of {gpus} GPUs: change one of them")
     machine.prepare(loaded.train.threads)
-    if pretrained.lacks_shape(loaded.model):
+    if pretrained.lacks_shape(loaded.model) or not loaded.tokenizers.text:
         loaded = pretrained.complete(loaded)
     images, vocabulary = _tokenizers(loaded)
     with torch.device("meta"):

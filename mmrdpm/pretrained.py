@@ -114,7 +114,7 @@ def complete(loaded: R, run: Path | None = None) -> R:
             f"model.init_from is {name}, which has {_differences(config, given.model)}: leave the"
             " shape out, or correct it"
         )
-    if given.tokenizers.text == type(given.tokenizers)().text:
+    if not given.tokenizers.text:
         given = replace(given, tokenizers=replace(given.tokenizers, text=text))
     return replace(given, model=config)
 
@@ -135,7 +135,7 @@ def begin(transformer: Transformer, name: str, vocabulary: Vocabulary, texts: Te
     if text_tokenizer.load(place).fingerprint() != texts.fingerprint():
         raise CheckpointError(
             f"{name}: its text ids are those of {place}, the recipe's tokenizers.text is another"
-            f" tokenizer ({texts.size} ids): leave tokenizers.text out"
+            f" tokenizer ({texts.size} ids): leave tokenizers.text out, or name that one"
         )
     origin.check(vocabulary)
     anew = []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mmrdpm.document import TextSegment, pack
 from mmrdpm.errors import CheckpointError, MmrdpmError, RecipeError
 from mmrdpm.language_model import LanguageModel, convert, paired
 from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.plan import make_plan
 from mmrdpm.positions import rotate, shifted_rotations
 from mmrdpm.sampling.text import sample_text
 from mmrdpm.train_model import Trainer, train
@@ -275,9 +277,21 @@ def test_a_shape_is_left_out_or_that_of_the_origin(qwen, recipe_from):
         pretrained.complete(wrong)
 
 
-def test_another_text_tokenizer_is_refused(qwen, tiny_tokenizers, tmp_path, recipe_from):
+def test_a_text_tokenizer_left_out_is_that_of_the_origin_else_the_shipped_one(qwen, recipe_from):
     path = recipe_from(qwen)
-    loaded = recipe.load(ModelRecipe, path, [f"tokenizers.text={tiny_tokenizers / 'text'}"])
+    assert recipe.load(ModelRecipe, path, ["model={}"]).tokenizers.text == "emoji-bpe-4k"
+    bare = recipe.load(ModelRecipe, path)
+    named = pretrained.complete(bare)
+    shaped = replace(bare, model=named.model)
+    sizes = {make_plan(r, 1, "cpu").parameters for r in (bare, shaped, named)}
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("text", ["tiny", "emoji-bpe-4k"])  # the latter is the default
+def test_another_text_tokenizer_is_refused(text, qwen, tiny_tokenizers, tmp_path, recipe_from):
+    path = recipe_from(qwen)
+    name = tiny_tokenizers / "text" if text == "tiny" else text
+    loaded = recipe.load(ModelRecipe, path, [f"tokenizers.text={name}"])
     with pytest.raises(CheckpointError, match=r"leave tokenizers\.text out"):
         train(loaded, tmp_path / "run")
 

@@ -364,7 +364,7 @@ def test_mistakes_of_a_recipe_are_refused(published, pictures, tmp_path, monkeyp
 def test_a_folder_of_broken_pictures_stops_the_run(tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="in a row are broken.*or the source.s keys in the recipe"):
+    with pytest.raises(DataError, match=r"in a row are broken.*or the source.s keys in the recipe"):
         train_image(make_recipe(tmp_path, OWN, {}), tmp_path / "run")
 
 

@@ -153,7 +153,8 @@ def _check_model(sweep: Sweep, variant: Variant) -> None:
     ):
         if key in (given.get(section) or {}):
             raise RecipeError(f"{section}.{key} is set by the sweep: use its key {instead}")
-    text_tokenizer.load(hub.resolve("tokenizers", model.tokenizers.text, text_tokenizer.FILES))
+    if model.tokenizers.text:  # else it is that of model.init_from
+        text_tokenizer.load(hub.resolve("tokenizers", model.tokenizers.text, text_tokenizer.FILES))
     timesteps = _image_config(sweep, variant, model.tokenizers.image).num_timesteps
     if model.data.steps_per_image > timesteps:  # as the drafts of documents want it
         raise RecipeError(
