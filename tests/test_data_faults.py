@@ -117,6 +117,27 @@ def test_inspect_shows_a_text_that_training_would_leave_out(tmp_path):
     )
 
 
+def test_inspect_marks_an_empty_caption_where_it_stands(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    line = {"file_name": "a.png", "captions": [" ", "one"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    findings = inspect(opened("folder", tmp_path), 9)
+    assert findings.lines == ["a.png  12x8  PROBLEM: empty caption | 3 characters: one"]
+    assert findings.problems == {"empty caption": 1}
+
+
+def test_inspect_shows_what_was_read_before_a_shard_that_is_out_of_reach(tmp_path, capsys):
+    path = write_tar(tmp_path / "s.tar", {"1.png": png(), "1.txt": b"one"})
+    for stop in ("true", "false"):
+        assert main(["data", "inspect", f"pipe:cat {path} && {stop}", "--n", "9"]) == (
+            stop == "false"
+        )
+        said = capsys.readouterr()
+        assert "12x8  3 characters: one" in said.out and "pictures: 1," in said.out
+        assert ("problems: none" in said.out) == (stop == "true")
+        assert ("could not be read" in said.err) == (stop == "false")
+
+
 @pytest.mark.parametrize("fault", ["foreign", "short"])
 def test_a_file_that_is_no_shard_of_the_cache_is_named(fault, tiny_tokenizers, tmp_path):
     (tmp_path / "a.png").write_bytes(png())

@@ -345,8 +345,13 @@ def test_the_type_of_a_path_is_guessed(tmp_path):
     (tmp_path / "a.png").write_bytes(image())
     (tmp_path / "d.jsonl").write_text('{"segments": []}')
     (tmp_path / "t.jsonl").write_text('{"text": ""}')
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    (pairs / "a.png").write_bytes(image())
+    (pairs / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "one"}')
     kinds = {
-        str(tmp_path): "folder",
+        str(tmp_path): "interleaved",  # pictures of documents
+        str(pairs): "folder",
         str(tmp_path / "d.jsonl"): "interleaved",
         str(tmp_path / "t.jsonl"): "text",
         "http://a/b-{0..9}.tar": "webdataset",

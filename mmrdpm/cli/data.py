@@ -57,6 +57,8 @@ def data_inspect(options: argparse.Namespace) -> None:
             path = options.out / f"{name}.png"
             sheet.save(path)
             print(f"  {path}")
+        if findings.stopped:
+            raise findings.stopped
 
 
 def _configs(source: str, overrides: list[str]) -> dict[str, SourceConfig]:

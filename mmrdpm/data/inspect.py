@@ -45,6 +45,7 @@ class Findings:
         problems: number of broken records by cause.
         damaged: shards that are, with what is wrong.
         pictures: thumbnails, RGB.
+        stopped: what ended the reading early, if anything did.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Findings:
     problems: Counter[str] = field(default_factory=Counter)
     damaged: list[str] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
+    stopped: DataError | None = None
 
     def summary(self) -> Iterator[str]:
         """Lines that sum it up."""
@@ -65,7 +67,7 @@ class Findings:
             yield f"problem: {count} {cause}"
         for shard in self.damaged:
             yield f"PROBLEM: damaged shard: {shard}"
-        if not self.problems:
+        if not self.problems and not self.stopped:
             yield "problems: none"
 
     def sheet(self) -> Image.Image | None:
@@ -75,14 +77,13 @@ class Findings:
 
 
 def inspect(source: Source, count: int, seed: int = 0) -> Findings:
-    """Reads the first records that training would see.
-
-    Raises:
-        DataError: the source cannot be read at all.
-    """
+    """Reads the first records that training would see, or those before the source fails."""
     findings = Findings()
-    for _, record in first_epoch(source, str(seed), count):
-        _look(record, findings)
+    try:
+        for _, record in first_epoch(source, str(seed), count):
+            _look(record, findings)
+    except DataError as error:  # what was read before it is worth a look
+        findings.stopped = error
     return findings
 
 
@@ -122,9 +123,10 @@ def _picture(picture: Picture, findings: Findings) -> str:
 
 
 def _text(text: str, kind: str, findings: Findings) -> str:
+    findings.lengths.append(len(text))
     if kind and not text.strip():
         findings.problems[f"empty {kind}"] += 1
-    findings.lengths.append(len(text))
+        return f"PROBLEM: empty {kind}"
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate
@@ -157,9 +159,7 @@ def guess(path: str) -> SourceConfig:
     if place.is_dir():
         return SourceConfig(_folder_type(place), path=path)
     if place.suffix.lower() == ".jsonl" and place.is_file():
-        with open(place, encoding="utf-8", errors="replace") as file:
-            interleaved = '"segments"' in file.readline(100_000)
-        return SourceConfig("interleaved" if interleaved else "text", path=path)
+        return SourceConfig("interleaved" if _has_segments(place) else "text", path=path)
     if place.suffix.lower() in (".txt", ".md"):
         return SourceConfig("text", path=path)
     if place.exists() or _HUB_ID.fullmatch(path) or "*" in path:
@@ -175,10 +175,19 @@ def _folder_type(folder: Path) -> Type:
         return "cache"
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "huggingface"
-    found = {path.suffix.lower() for path in islice(folder.rglob("*"), 10_000)}
+    paths = list(islice(folder.rglob("*"), 10_000))
+    found = {path.suffix.lower() for path in paths}
     if ".tar" in found:
         return "webdataset"
     if ".parquet" in found or ".arrow" in found:
         return "huggingface"
+    if any(_has_segments(p) for p in paths if p.suffix.lower() == ".jsonl" and p.is_file()):
+        return "interleaved"  # its pictures may lie beside it
     images = found & {".png", ".jpg", ".jpeg", ".webp"}
     return "folder" if images else "text"
+
+
+def _has_segments(lines: Path) -> bool:
+    """Whether a JSONL file looks like documents of texts and images, by its first line."""
+    with open(lines, encoding="utf-8", errors="replace") as file:
+        return '"segments"' in file.readline(100_000)
