@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mmrdpm import pretrained, recipe, weights
 from mmrdpm.cli import main
 from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.plan import make_plan
 from mmrdpm.train_model import Trainer, train
 
 
@@ -22,6 +24,18 @@ def test_an_earlier_run_gives_shape_text_tokenizer_and_weights(tiny_run, tmp_pat
     old = mmrdpm.load(tiny_run).transformer.state_dict()
     for name, parameter in trainer.transformer.named_parameters():
         assert torch.equal(parameter, old[name]), name
+
+
+def test_a_text_tokenizer_left_out_is_that_of_the_origin_else_the_shipped_one(
+    tiny_run, recipe_from
+):
+    path = recipe_from(tiny_run)
+    assert recipe.load(ModelRecipe, path, ["model={}"]).tokenizers.text == "emoji-bpe-4k"
+    bare = recipe.load(ModelRecipe, path)
+    named = pretrained.complete(bare)
+    shaped = replace(bare, model=named.model)
+    sizes = {make_plan(r, 1, "cpu").parameters for r in (bare, shaped, named)}
+    assert len(sizes) == 1
 
 
 def test_only_the_way_in_for_images_is_drawn_anew(tiny_run, tmp_path, recipe_from):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from mmrdpm.document import TextSegment, pack
 from mmrdpm.errors import CheckpointError, MmrdpmError, RecipeError
 from mmrdpm.language_model import LanguageModel, convert, paired
 from mmrdpm.model_recipe import ModelRecipe
-from mmrdpm.plan import make_plan
 from mmrdpm.positions import rotate, shifted_rotations
 from mmrdpm.sampling.text import sample_text
 from mmrdpm.train_model import Trainer, train
@@ -275,16 +273,6 @@ def test_a_shape_is_left_out_or_that_of_the_origin(qwen, recipe_from):
     wrong = recipe.load(ModelRecipe, recipe_from(qwen, layers=3))
     with pytest.raises(RecipeError, match=r"layers 2 \(the recipe: 3\)"):
         pretrained.complete(wrong)
-
-
-def test_a_text_tokenizer_left_out_is_that_of_the_origin_else_the_shipped_one(qwen, recipe_from):
-    path = recipe_from(qwen)
-    assert recipe.load(ModelRecipe, path, ["model={}"]).tokenizers.text == "emoji-bpe-4k"
-    bare = recipe.load(ModelRecipe, path)
-    named = pretrained.complete(bare)
-    shaped = replace(bare, model=named.model)
-    sizes = {make_plan(r, 1, "cpu").parameters for r in (bare, shaped, named)}
-    assert len(sizes) == 1
 
 
 @pytest.mark.parametrize("text", ["tiny", "emoji-bpe-4k"])  # the latter is the default
