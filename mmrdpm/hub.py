@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +30,20 @@ def resolve(kind: shipped.Kind, name: str, files: Sequence[str]) -> Path:
     return _fetch(name, files)
 
 
+def quieten() -> None:
+    """Keeps libraries from telling at length what an error here says in one line.
+
+    They are the hub's, which logs every try (call this once it is imported, as that sets its
+    level), and xformers, which diffusers imports whether its build fits or not.
+    """
+    for library in ("huggingface_hub", "xformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def _fetch(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    quieten()
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # of the network, of the hub, of the cache: no common class

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from mmrdpm import hub
 from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.evaluation.figure import Figure, digest, digest_of_files
@@ -142,6 +143,7 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.txt", "model.safetensors"]
+    hub.quieten()
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the client's own, and those of two libraries below it

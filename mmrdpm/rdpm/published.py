@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrdpm import weights
+from mmrdpm import hub, weights
 from mmrdpm.errors import CheckpointError, MmrdpmError, RecipeError
 from mmrdpm.rdpm.autoencoder import LatentNorm
 
@@ -240,6 +240,7 @@ def _build(config: PublishedConfig) -> nn.Module:
 
 
 def _diffusers() -> Any:
+    hub.quieten()
     try:
         import diffusers
     except ModuleNotFoundError:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from mmrdpm import hub
 from mmrdpm.bench.peers.codes import ResidualCodes, fitted
 from mmrdpm.bench.peers.ours import Ours
 from mmrdpm.bench.peers.protocol import OurShape, Peer, PeerBench, Scene, Shape
@@ -59,8 +59,7 @@ def parameters(peer: Peer) -> int:
 
 def _module(name: str) -> ModuleType:
     """The module of a peer, whose library is imported now."""
-    # diffusers imports it, and where its build does not fit it says so at length
-    logging.getLogger("xformers").setLevel(logging.ERROR)
+    hub.quieten()
     try:
         return import_module(f"mmrdpm.bench.peers.{name}")
     except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 
+from mmrdpm import hub
 from mmrdpm.data.records import Broken, Indexed, Pair, Record, Sharded, Source, Text
 from mmrdpm.data.sources.files import inside
 from mmrdpm.data.sources.folder import captions_of
@@ -56,6 +57,7 @@ def open_dataset(
         raise DataError(
             "Hugging Face data sets need the extra: pip install 'mmrdpm[data]'"
         ) from None
+    hub.quieten()
     try:
         data = _load(datasets, path, subset, split, streaming)
         names = list(data.column_names or (data.features or {}))
