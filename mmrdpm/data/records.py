@@ -158,7 +158,10 @@ class Sharded(Source):
             turn = 0
             empty_epochs = empty_epochs + 1 if empty else 0
             if empty_epochs == _EMPTY_EPOCHS:
-                raise DataError(f"{self}: no records found: name other shards")
+                raise DataError(
+                    f"{self}: no records found: name other shards, or in the source's keys what"
+                    " these hold"
+                )
 
 
 def first_epoch(source: Source, seed: str, limit: int) -> Iterator[tuple[Place, Record]]:
