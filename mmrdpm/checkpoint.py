@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmrdpm import distributed, hub, recipe, weights
-from mmrdpm.errors import CheckpointError
+from mmrdpm import distributed, hub, recipe, tree, weights
+from mmrdpm.errors import CheckpointError, DamagedError
 
 RECIPE_FILE, LOG_FILE, SKIPPED_FILE = "recipe.yaml", "metrics.jsonl", "skipped.jsonl"
 _STATE, _SHARDS = "state.safetensors", "shards"  # in the folder of a sharded state
@@ -225,11 +225,11 @@ def save(
         _move(folder, aside)
     if sharded:
         partial = shards_to_write(run, step).parent
-        save_tree(state, partial / _STATE)
+        tree.save(state, partial / _STATE)
         _move(partial, folder)
         whole.unlink(missing_ok=True)
     else:
-        save_tree(state, whole)
+        tree.save(state, whole)
     weights.save(parameters, path, about)
     return path
 
@@ -275,6 +275,21 @@ def agreed(run: Path) -> Path | None:
     return latest
 
 
+def resume(run: Path, restore: Callable[[Path], None]) -> None:
+    """Goes back to the newest checkpoint, where there is one: all ranks must call it.
+
+    Raises:
+        CheckpointError: ranks see different ones, or it cannot be restored.
+    """
+    if latest := agreed(run):
+        try:
+            restore(latest)
+        except DamagedError as error:
+            earlier = _all(run)[:-1]
+            to = f"go on from {earlier[-1].name}" if earlier else "begin anew"
+            raise DamagedError(f"{error}; or take {latest.name} away to {to}") from None
+
+
 def state_of(path: Path) -> Any:
     """The resume state saved with the weights at `path`, what lies in shards left out.
 
@@ -282,7 +297,7 @@ def state_of(path: Path) -> Any:
         CheckpointError: it is missing or damaged.
     """
     shards = shards_of(path)
-    return load_tree(shards.parent / _STATE if shards else path.parent / _RESUME / path.name)
+    return tree.load(shards.parent / _STATE if shards else path.parent / _RESUME / path.name)
 
 
 def prune(run: Path, policy: CheckpointPolicy) -> None:
@@ -341,53 +356,6 @@ class Writer:
 
 def _all(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
-
-
-def save_tree(tree: Any, path: Path) -> None:
-    """Writes nested dicts and lists of tensors, numbers and texts as one safetensors file.
-
-    Raises:
-        CheckpointError: it could not be written; what was there is untouched.
-    """
-    tensors: dict[str, Tensor] = {}
-    weights.save(tensors, path, {"tree": _encode(tree, tensors)})
-
-
-def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    tensors, metadata = weights.load(path)
-    try:
-        tree = _decode(metadata["tree"], tensors)
-    except (KeyError, TypeError, ValueError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: not a resume state of this project")
-    return tree
-
-
-def _encode(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """A tree as JSON; tensors go aside, dicts become lists of pairs, as keys may be integers."""
-    if isinstance(node, Tensor):
-        name = f"{len(tensors):05d}"
-        tensors[name] = node.clone()  # two names for one tensor would not be saved
-        return {"tensor": name}
-    if isinstance(node, Mapping):
-        return {"pairs": [[key, _encode(value, tensors)] for key, value in node.items()]}
-    if isinstance(node, (list, tuple)):
-        return [_encode(value, tensors) for value in node]
-    return node
-
-
-def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(node, dict):
-        if "tensor" in node:
-            return tensors[node["tensor"]]
-        return {key: _decode(value, tensors) for key, value in node["pairs"]}
-    return [_decode(value, tensors) for value in node] if isinstance(node, list) else node
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -22,6 +22,10 @@ class CheckpointError(MmrdpmError):
     """Weights or a run folder that are missing, damaged or of another shape."""
 
 
+class DamagedError(CheckpointError):
+    """A file of weights, or of a run's state, that cannot be read: a copy of it may be good."""
+
+
 class UsageError(MmrdpmError):
     """A call that makes no sense: an empty prompt, a number out of range."""
 

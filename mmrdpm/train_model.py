@@ -63,8 +63,7 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
 
 def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
     plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
-    if latest := checkpoint.agreed(run):
-        trainer.restore(latest)
+    checkpoint.resume(run, trainer.restore)
     with Monitor(run, run.name, plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")
         dog.doing("drawing the first samples")

@@ -113,8 +113,7 @@ def _check_free(folder: Path, files: Sequence[str]) -> None:
 
 def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) -> bool:
     plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
-    if latest := checkpoint.agreed(run):
-        trainer.restore(latest)
+    checkpoint.resume(run, trainer.restore)
     saved = trainer.step
     with Monitor(run, "image tokeniser", plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmrdpm.distributed import shard_like
-from mmrdpm.errors import CheckpointError
+from mmrdpm.errors import CheckpointError, DamagedError
 
 _METADATA = "mmrdpm"  # the one key of the header under which our metadata lie, as JSON
 _SCALE = ".int8_scale"  # behind the name of a matrix that is kept in int8: a factor for each row
@@ -116,7 +116,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path}: not a readable safetensors file ({error}); it is truncated or of another"
             " format (pickled weights are never loaded): get a good copy"
         ) from None

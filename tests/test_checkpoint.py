@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmrdpm import checkpoint, distributed, recipe, weights
+from mmrdpm import checkpoint, distributed, recipe, tree, weights
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.errors import CheckpointError
 from mmrdpm.monitor import JsonLines
@@ -13,11 +13,11 @@ from mmrdpm.monitor import JsonLines
 
 def test_a_tree_comes_back_as_it_was(tmp_path):
     shared = torch.arange(3)
-    tree = {"a": [1, 2.5, None, "text"], 7: {"x": shared, "y": shared}, "empty": {}, "t": True}
-    checkpoint.save_tree(tree, tmp_path / "tree.safetensors")
-    again = checkpoint.load_tree(tmp_path / "tree.safetensors")
+    state = {"a": [1, 2.5, None, "text"], 7: {"x": shared, "y": shared}, "empty": {}, "t": True}
+    tree.save(state, tmp_path / "tree.safetensors")
+    again = tree.load(tmp_path / "tree.safetensors")
     assert torch.equal(again[7]["x"], shared) and torch.equal(again[7].pop("y"), shared)
-    assert again.keys() == tree.keys() and again["a"] == tree["a"] and again["t"] is True
+    assert again.keys() == state.keys() and again["a"] == state["a"] and again["t"] is True
 
 
 def test_newest_is_the_last_by_name_and_prune_keeps_the_newest(tmp_path):
@@ -183,12 +183,12 @@ def test_a_header_that_is_no_mapping_is_refused(header, tmp_path):
         weights.metadata(path)
 
 
-@pytest.mark.parametrize("tree", [[1], {"pairs": [[1]]}, 5, {"tensor": "none"}])
-def test_a_state_that_is_no_tree_is_refused(tree, tmp_path):
+@pytest.mark.parametrize("saved", [[1], {"pairs": [[1]]}, 5, {"tensor": "none"}])
+def test_a_state_that_is_no_tree_is_refused(saved, tmp_path):
     path = tmp_path / "tree.safetensors"
-    weights.save({}, path, {"tree": tree})
+    weights.save({}, path, {"tree": saved})
     with pytest.raises(CheckpointError, match="not a resume state"):
-        checkpoint.load_tree(path)
+        tree.load(path)
 
 
 def test_a_run_never_takes_away_tokenizers_that_lie_in_its_folder(tmp_path):
@@ -219,3 +219,21 @@ def test_a_damaged_record_in_the_middle_of_a_log_is_named_and_nothing_lost(tmp_p
     log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"ste')  # as a kill leaves it
     JsonLines(log, 1).close()
     assert log.read_bytes() == b'{"step": 1}\n'
+
+
+def test_a_damaged_newest_checkpoint_names_the_one_before(tmp_path):
+    def restore(path):
+        return checkpoint.state_of(path)["step"]
+
+    for step, advice in ((5, "begin anew"), (9, "go on from step-0000005.safetensors")):
+        path = checkpoint.save(tmp_path, step, {"w": torch.zeros(1)}, {}, {"step": step})
+        state = tmp_path / "resume" / path.name
+        good = state.read_bytes()
+        state.write_bytes(good[:-3])
+        with pytest.raises(CheckpointError, match=f"{state}.*take {path.name} away to {advice}"):
+            checkpoint.resume(tmp_path, restore)
+        state.write_bytes(good)
+    path.unlink()
+    restored = []
+    checkpoint.resume(tmp_path, lambda path: restored.append(restore(path)))
+    assert restored == [5]

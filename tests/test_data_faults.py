@@ -152,6 +152,8 @@ def test_where_a_name_of_members_is_wrong_all_that_are_there_are_listed(tmp_path
     assert first.captions == ("one",)
     (first,) = opened("webdataset", path, image="jpg", caption="caption").shard(0)
     assert first.detail == "members: png, caption: set image: to one of them"
+    (last,) = opened("webdataset", path, image="jpg").shard(0)  # both names are wrong
+    assert last.detail == "members: png: set image: to one of them"
 
 
 @pytest.mark.parametrize("fault", ["foreign", "short"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrdpm import checkpoint, recipe, text_tokenizer
+from mmrdpm import recipe, text_tokenizer, tree
 from mmrdpm.data.loader import Loader, merge_states
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.records import Indexed, Sharded, Text, shuffled
@@ -111,8 +111,8 @@ def test_any_ranks_any_stops_any_workers_give_the_uninterrupted_batches(
                 assert batch_of(loaders) == uninterrupted[done]
                 done += 1
         state = merge_states([loader.state() for loader in loaders])
-        checkpoint.save_tree(state, tmp_path / "place")
-        state = checkpoint.load_tree(tmp_path / "place")
+        tree.save(state, tmp_path / "place")
+        state = tree.load(tmp_path / "place")
 
 
 def test_prefetched_rows_are_not_counted_as_read(make, uninterrupted):

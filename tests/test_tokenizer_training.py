@@ -14,7 +14,7 @@ import yaml
 from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
 
-from mmrdpm import checkpoint, recipe, weights
+from mmrdpm import checkpoint, recipe, tree, weights
 from mmrdpm.cli import main
 from mmrdpm.data.images import Cropper, ImagePlan
 from mmrdpm.data.sources import SourceConfig
@@ -146,7 +146,7 @@ def test_the_log_shows_losses_and_the_use_of_codes_at_every_timestep(finished):
 
 def test_the_averaged_weights_are_what_is_kept(finished):
     """In the codebook's phase the encoder is the average, and its latents have variance 1."""
-    before = checkpoint.load_tree(finished / "resume" / "step-0000008.safetensors")["average"]
+    before = tree.load(finished / "resume" / "step-0000008.safetensors")["average"]
     raw, _ = weights.load(finished / "step-0000008.safetensors")
     kept, _ = weights.load(finished / "step-0000012.safetensors")
     name = "encoder.0.weight"

@@ -87,7 +87,8 @@ def load(tensors: Mapping[str, Tensor], folder: Path) -> None:
             warnings.simplefilter("ignore")
             read(dict(tensors), storage_reader=reader)
 
-    _told(work, folder, "could not be read", "go on from an earlier checkpoint")
+    remedy = f"take {folder.parent.name}.safetensors away to go on from an earlier checkpoint"
+    _told(work, folder, "could not be read", remedy)
 
 
 def _told(work: Callable[[], Any], folder: Path, what: str, remedy: str) -> Any:

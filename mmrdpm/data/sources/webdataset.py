@@ -90,6 +90,7 @@ class Shards(Sharded):
         name, members = "", _Members()
         suffixes: list[str] = []  # of all members, for who has named the wrong ones
         faults: list[Broken] = []
+        none_yet = True
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
@@ -100,6 +101,7 @@ class Shards(Sharded):
                 if base != name:
                     if members or faults:
                         yield faults[0] if faults else self._record(url, name, members, suffixes)
+                        none_yet = False
                     name, members, suffixes, faults = base, _Members(), [], []
                 suffixes.append(suffix)
                 if not self._wanted(suffix):
@@ -109,7 +111,7 @@ class Shards(Sharded):
                     faults.append(Broken(f"{url}#{base}", "archive member too large", detail))
                 elif content := archive.extractfile(member):
                     members[suffix.lower()] = content.read()
-            if members or faults:
+            if members or faults or (suffixes and none_yet):  # all keys may be named wrongly
                 yield faults[0] if faults else self._record(url, name, members, suffixes)
             _check_end(archive)
 
