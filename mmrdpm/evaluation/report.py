@@ -6,6 +6,7 @@ import base64
 import html
 import re
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from PIL import Image
@@ -77,7 +78,7 @@ def _plot(title: str, lines: dict[str, list[Point]]) -> str:
         )
 
     drawn, legend, notes = [], [], []
-    for (name, line), colour in zip(lines.items(), _COLOURS, strict=False):
+    for (name, line), colour in zip(lines.items(), cycle(_COLOURS), strict=False):
         ends = " ".join("{:.1f},{:.1f}".format(*place(x, f.value)) for x, f in sorted(line, key=_x))
         drawn.append(f'<polyline points="{ends}" fill="none" stroke="{colour}"/>')
         drawn += [
