@@ -23,6 +23,9 @@ from mmrdpm.errors import DataError, DistributedError
 
 T = TypeVar("T")
 
+SIGNALS_TOGETHER = 2.0
+"""Seconds in which signals are one: SLURM's to every process, and torchrun's to its ranks again."""
+
 _SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
 
 
@@ -47,8 +50,11 @@ def is_main() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this job again after a rank was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun has started this job again after a rank was lost. All ranks must call it.
+
+    Of several machines only those count it that have lost a rank, or seen one end.
+    """
+    return anyone(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
 
 
 def take_device() -> None:
@@ -108,12 +114,21 @@ def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
     """torchrun's own store where it keeps it over restarts, with keys of this start alone.
 
     The addresses that an earlier start's ranks left there would be taken for those of this one. Of
-    several machines the numbers of starts may differ, so there torchrun has to be told to keep no
-    store, see docs/scaling.md.
+    several machines the numbers of starts differ: there torchrun has to be told to keep no store.
+
+    Raises:
+        DistributedError: it was not told, though it may start ranks of several machines again.
     """
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+            return None
+        raise DistributedError(
+            f"rank {rank()}: ranks of several machines that start again would look for the"
+            " addresses of the dead ones: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every"
+            " torchrun, or leave --max-restarts out"
+        )
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

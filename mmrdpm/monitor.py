@@ -3,7 +3,7 @@
 The display goes to stderr; every record also goes to `DIR/metrics.jsonl`, to TensorBoard files
 under `DIR/tensorboard` and, where asked for, to Weights & Biases. Of many ranks only the first
 shows and logs. Ctrl-C and SIGTERM do not kill the run: they set `stopping`, so that the loop can
-save and leave; a second one kills.
+save and leave; a second one kills, but not what torchrun passes on of one that all have received.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed import is_torchelastic_launched
 from torch.utils.tensorboard import SummaryWriter
 
 from mmrdpm import distributed
@@ -235,5 +237,8 @@ class Monitor:
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         self.stopping = True
-        signal.signal(number, self._handlers[number])
         self.say("stopping: saving what is done; once more to kill")
+        if is_torchelastic_launched():  # asleep, as only here can what comes be set to kill again
+            signal.signal(number, signal.SIG_IGN)
+            time.sleep(distributed.SIGNALS_TOGETHER)
+        signal.signal(number, self._handlers[number])

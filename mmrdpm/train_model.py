@@ -47,7 +47,8 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     """
     machine.prepare(recipe.train.threads)
     with distributed.joined(recipe.train.timeout):
-        resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
+        again = distributed.restarted()
+        resume = resume or (again and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(
             lambda: checkpoint.begin(
                 run, pretrained.complete(recipe, run if resume else None), resume, MAY_CHANGE

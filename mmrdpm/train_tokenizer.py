@@ -88,7 +88,8 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
         skipped_log = run / checkpoint.SKIPPED_FILE
         data = open_images(recipe.data, plan.seed, size, plan.batch_size, skipped_log)
         trainer = TokenizerTrainer(recipe.tokenizer, plan, data)
-        resume = resume or (distributed.restarted() and (run / checkpoint.RECIPE_FILE).exists())
+        again = distributed.restarted()
+        resume = resume or (again and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(lambda: _open(recipe, run, resume))
         with checkpoint.claimed(run):
             distributed.first(lambda: None if resume else checkpoint.forget(run))

@@ -100,6 +100,35 @@ def tiny_run(tiny_recipe, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def shared_recipe(tiny_recipe, tmp_path_factory):
+    """20 updates of four rows, a checkpoint in the middle, the weights averaged, all in float32."""
+    mapping = yaml.safe_load(tiny_recipe.read_text())
+    mapping["data"]["rows"] = 4
+    mapping["train"] |= {"steps": 20, "timeout": 60, "ema": 0.9, "precision": "fp32"}
+    mapping["checkpoint"] = {"every": 10, "keep": 3, "log_every": 1}
+    path = tmp_path_factory.mktemp("shared") / "shared.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """Two ranks would want two GPUs: here they meet on the CPU, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the ranks
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(shared_recipe, on_the_cpu, tmp_path_factory):
+    """The run of that recipe by one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert train(recipe.load(ModelRecipe, shared_recipe), run)
+    return run
+
+
 class PixelFeatures:
     """Stands in for the network that judges pictures: the picture at 4x4 pixels."""
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mmrdpm import recipe, text_tokenizer, tree
+from mmrdpm.data import rows as data_rows
 from mmrdpm.data.loader import Loader, merge_states
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.records import Indexed, Sharded, Text, shuffled
@@ -121,17 +122,29 @@ def test_prefetched_rows_are_not_counted_as_read(make, uninterrupted):
     assert loader.state() == plain.state()
 
 
-def test_workers_go_on_after_the_first_signal_of_the_group(make, uninterrupted):
-    """A scheduler signals all processes, and the trainer needs rows to finish its update."""
+@pytest.mark.parametrize("late", [True, False])
+def test_workers_go_on_after_the_signals_of_one_stop(late, make, uninterrupted, monkeypatch):
+    """A scheduler signals all processes, torchrun again; the trainer has yet to finish its update.
+
+    A second signal that comes late, of one who does not want to wait, makes them leave at once.
+    """
+    if late:
+        monkeypatch.setattr(data_rows, "SIGNALS_TOGETHER", 0.0)
+    else:
+        monkeypatch.setattr(data_rows, "_LAST_UPDATE", 5.0)
     loader = make(workers=2)
     assert rows(loader) == uninterrupted[0]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
-    assert [rows(loader) for _ in range(5)] == uninterrupted[1:6]
+    if late:
+        assert [rows(loader) for _ in range(5)] == uninterrupted[1:6]
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
+    if not late:
+        assert [rows(loader) for _ in range(5)] == uninterrupted[1:6]
+    for worker in workers:
         worker.join(20)
         assert worker.exitcode == 0
 

@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +29,11 @@ from mmrdpm.data.mixture import Item, Mixture
 from mmrdpm.data.packing import Lane, too_long
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.records import DAMAGED_SHARD, Sharded, Source
+from mmrdpm.distributed import SIGNALS_TOGETHER
 from mmrdpm.errors import DataError, MmrdpmError
 
 _LOOK_AHEAD = 16
+_LAST_UPDATE = 30.0  # seconds that the trainer may need rows after it was told to stop
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -277,8 +281,9 @@ def _begin_worker(_: int) -> None:
     """Ctrl-C and SIGTERM may reach the whole process group, and the trainer wants to save first.
 
     To finish its update it may still need rows: a worker stays at the first SIGTERM, and leaves at
-    the second. One that died of the signal would raise in the trainer at once; one that leaves does
-    not. Where the trainer is killed, a worker with rows to hand over would wait for ever.
+    the second, late where both may be of one stop. One that died of the signal would raise
+    in the trainer at once; one that leaves does not. Where the trainer is killed, a worker that has
+    rows to hand over would wait for ever.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
@@ -287,4 +292,10 @@ def _begin_worker(_: int) -> None:
 
 
 def _stay_once(*_: object) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    first = time.monotonic()
+
+    def leave(*_: object) -> None:
+        together = time.monotonic() - first < SIGNALS_TOGETHER
+        threading.Timer(_LAST_UPDATE if together else 0, os._exit, (0,)).start()
+
+    signal.signal(signal.SIGTERM, leave)

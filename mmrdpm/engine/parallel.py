@@ -40,10 +40,10 @@ def resolve(wanted: Wanted, parameters: int, device: torch.device) -> Mode:
     ranks, node = distributed.world_size(), distributed.node_size()
     if ranks == 1:
         return "single"
-    if wanted == "hybrid" and ranks % node:
+    if wanted == "hybrid" and len(sizes := set(distributed.gather_objects(node))) > 1:
         raise RecipeError(
-            f"train.parallel is hybrid, but {ranks} ranks are no multiple of the {node} on this"
-            " node: start the same number on each, or use fsdp"
+            f"train.parallel is hybrid, but nodes have {' or '.join(map(str, sorted(sizes)))}"
+            " ranks: start the same number on each, or use fsdp"
         )
     if wanted != "auto":
         return wanted
