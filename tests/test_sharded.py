@@ -118,6 +118,7 @@ def test_shards_are_read_by_as_many_ranks_as_there_are(shared_recipe, alone, tmp
         train(recipe.load(ModelRecipe, shared_recipe), run, resume=True)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_ranks_copy_shards_and_one_goes_on(shared_recipe, alone, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "hybrid.py").write_text(HYBRID)
