@@ -296,6 +296,8 @@ def _stay_once(*_: object) -> None:
 
     def leave(*_: object) -> None:
         together = time.monotonic() - first < SIGNALS_TOGETHER
-        threading.Timer(_LAST_UPDATE if together else 0, os._exit, (0,)).start()
+        timer = threading.Timer(_LAST_UPDATE if together else 0, os._exit, (0,))
+        timer.daemon = True  # a worker that has nothing left to do need not wait for it
+        timer.start()
 
     signal.signal(signal.SIGTERM, leave)
