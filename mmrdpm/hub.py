@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrdpm import shipped
+from mmrdpm import distributed, shipped
 from mmrdpm.errors import CheckpointError, MmrdpmError
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -27,28 +28,83 @@ def resolve(kind: shipped.Kind, name: str, files: Sequence[str]) -> Path:
     except MmrdpmError:
         if not _ID.fullmatch(name) or name.startswith(f"{kind}/"):
             raise
-    return _fetch(name, files)
+    return fetch(name, files)
+
+
+class _Once(logging.Filter):
+    """Lets what a library says at each of many tries through at the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        what = record.getMessage().partition(" [")[0]  # the number of the try follows
+        new = what not in self._told
+        self._told.add(what)
+        return new
+
+
+_ONCE = _Once()
 
 
 def quieten() -> None:
     """Keeps libraries from telling at length what an error here says in one line.
 
-    They are the hub's, which logs every try (call this once it is imported, as that sets its
-    level), and xformers, which diffusers imports whether its build fits or not.
+    They are the hub's, which logs every try and sets its level when it is imported; `datasets`,
+    which waits for a stream for minutes; and xformers, which diffusers imports whether its build
+    fits or not. Bars of what is fetched are shown by one process.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
     for library in ("huggingface_hub", "xformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("datasets.utils.file_utils").addFilter(_ONCE)
+    if not distributed.is_main():
+        disable_progress_bars()
 
 
-def _fetch(name: str, files: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
+def fetch(name: str, files: Sequence[str]) -> Path:
+    """The folder, in the hub's own cache, of files of a repository on the hub.
+
+    Raises:
+        CheckpointError: the hub cannot be reached, does not give them, or has none of them.
+    """
+    from huggingface_hub import constants, snapshot_download
 
     quieten()
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        folder = Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # of the network, of the hub, of the cache: no common class
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(
-            f"{name}: no such folder here, and the hub gave none ({reason}): correct the name, or"
-            " download it and give its folder"
+            f"{name}: no such folder here, and the hub {constants.ENDPOINT} gave none"
+            f" ({reason(error)}): correct the name, see to the network or the rights (hf auth"
+            " login), or download it and give its folder"
         ) from None
+    if not any(next(folder.glob(pattern), None) for pattern in files):
+        raise CheckpointError(
+            f"{name}: on the hub {constants.ENDPOINT} it holds none of {', '.join(files)}: name"
+            " another repository"
+        )
+    return folder
+
+
+def reason(error: BaseException) -> str:
+    """The cause of a library's error in one line: what the hub or the network said, if it is that.
+
+    The libraries wrap it in guesses, as that a file is not in the cache.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    said = error.__cause__ or error
+    before = error if isinstance(error, OSError) or isinstance(said, OSError) else None
+    while before:
+        answer = isinstance(before, (HfHubHTTPError, OfflineModeIsEnabled)) or (
+            type(before).__module__.startswith(("httpx", "requests"))
+        )
+        if answer and not isinstance(before, LocalEntryNotFoundError):
+            said = before
+            break
+        before = before.__cause__ or before.__context__
+    text = " ".join(str(said).split()).partition(" For more information check:")[0]
+    return textwrap.shorten(f"{type(said).__name__}: {text}", 240, placeholder=" ...")

@@ -97,7 +97,7 @@ def offline(monkeypatch, tmp_path):
             model.save(str(folder / "tokenizer.json"))
         return folder
 
-    monkeypatch.setattr(hub, "_fetch", fetch)
+    monkeypatch.setattr(hub, "fetch", fetch)
 
 
 def tokenizer_of(side):

@@ -148,8 +148,8 @@ def _folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the client's own, and those of two libraries below it
         raise MissingEvaluator(
-            f"{model}: neither a folder nor a model that the hub gave ({_first(error)}): download"
-            " it where there is a network, and give the folder as clip=DIR"
+            f"{model}: neither a folder nor a model that the hub gave ({hub.reason(error)}):"
+            " download it where there is a network, and give the folder as clip=DIR"
         ) from None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrdpm import weights
+from mmrdpm import hub, weights
 from mmrdpm.errors import CheckpointError, RecipeError
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as networks expect
@@ -70,6 +70,7 @@ def _load(source: str) -> Any:
         from transformers import AutoModel
     except ModuleNotFoundError:
         raise RecipeError("train.loss.backbone needs: pip install 'mmrdpm[autoencoders]'") from None
+    hub.quieten()
     try:
         network, report = AutoModel.from_pretrained(
             source,
@@ -81,7 +82,7 @@ def _load(source: str) -> Any:
     except Exception as error:  # whatever the parts that transformers calls raise
         raise CheckpointError(
             f"train.loss.backbone: {source}: no network could be loaded"
-            f" ({' '.join(str(error).split())[:240]}): give the folder of one with safetensors"
+            f" ({hub.reason(error)}): give the folder of one with safetensors"
             f" weights{'' if Path(source).is_dir() else ', or its id on a hub that can be reached'}"
         ) from None
     # a classifier has no pooler, and hidden states need none

@@ -22,6 +22,12 @@ from mmrdpm.errors import CheckpointError, MmrdpmError, RecipeError
 from mmrdpm.rdpm.autoencoder import LatentNorm
 
 _CLASSES = ("AutoencoderKL", "AutoencoderDC")
+_WEIGHTS = "diffusion_pytorch_model"
+_FILES = (
+    *("config.json", f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.safetensors.index.json"),
+    f"{_WEIGHTS}-*-of-*.safetensors",
+)
+"""What is fetched from a hub: not the halves and the pickles beside them."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,12 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
             not one of three colours.
         CheckpointError: there is none, it is pickled, damaged or incomplete.
     """
-    diffusers, source = _diffusers(), _expanded(config.diffusers)
-    where = {"subfolder": config.subfolder or None}
+    diffusers, source, folder = _diffusers(), config.diffusers, _folder(config)
     try:
-        found = diffusers.AutoencoderKL.load_config(source, **where)
+        found = diffusers.AutoencoderKL.load_config(folder)
         details = _details(json.dumps(found, sort_keys=True), source)
         model, report = getattr(diffusers, details["_class_name"]).from_pretrained(
-            source,
-            **where,
+            folder,
             use_safetensors=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
@@ -138,7 +142,7 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
     except MmrdpmError:
         raise
     except Exception as error:  # whatever the parts that diffusers calls raise
-        raise CheckpointError(_why(config, error)) from None
+        raise CheckpointError(_why(source, folder, error)) from None
     if report["missing_keys"]:
         raise CheckpointError(
             f"{source}: its weights lack {report['missing_keys'][0]!r} and"
@@ -157,29 +161,33 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
     return replace(config, architecture=architecture, sha256=digest), tensors
 
 
-def _why(config: PublishedConfig, error: Exception) -> str:
-    source = _expanded(config.diffusers)
-    folder = Path(source) / config.subfolder
-    if source.startswith((".", "~", "/")) and not Path(source).is_dir():
-        return f"tokenizer.autoencoder.diffusers: {source}: no such folder: correct the path"
-    if Path(source).is_dir():
-        if not (folder / "config.json").is_file():
-            return f"{folder}: holds no config.json: give the folder of one autoencoder"
-        pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
-        if pickled and not list(folder.glob("*.safetensors")):
-            return (
-                f"{pickled[0]}: pickled weights are never loaded: save them anew as safetensors"
-                " (save_pretrained of diffusers does)"
-            )
+def _folder(config: PublishedConfig) -> Path:
+    """Where it lies: the folder, or what the hub gave of it."""
+    source = Path(config.diffusers).expanduser()
+    if source.is_dir():
+        return source / config.subfolder
+    if config.diffusers.startswith((".", "~", "/")):
+        raise CheckpointError(
+            f"tokenizer.autoencoder.diffusers: {source}: no such folder: correct the path"
+        )
+    files = [(Path(config.subfolder) / name).as_posix() for name in _FILES]
+    return hub.fetch(config.diffusers, files) / config.subfolder
+
+
+def _why(source: str, folder: Path, error: Exception) -> str:
+    if not (folder / "config.json").is_file():
+        return f"{folder}: holds no config.json: give the folder of one autoencoder"
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
+    if pickled and not list(folder.glob("*.safetensors")):
+        return (
+            f"{pickled[0]}: pickled weights are never loaded: save them anew as safetensors"
+            " (save_pretrained of diffusers does)"
+        )
     said = " ".join(str(error).split())[:240]
     return (
         f"tokenizer.autoencoder.diffusers: {source}: no autoencoder could be loaded ({said}): give"
-        " the folder of one, or its id on a hub that can be reached"
+        " a good copy of one"
     )
-
-
-def _expanded(source: str) -> str:
-    return str(Path(source).expanduser()) if source.startswith("~") else source
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

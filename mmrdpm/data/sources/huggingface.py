@@ -66,20 +66,18 @@ def open_dataset(
     except DataError:
         raise
     except Exception as error:  # the library passes on whatever its readers and clients raise
-        mend = "check name, subset, split and network; streaming=false with a local copy needs none"
+        mend = "check name, subset, split, network, rights (hf auth login), or give a local copy"
         raise _fault(path, "the data set could not be opened", error, mend) from None
     return _arrange(datasets, data, names, path, dict(columns or {}), template)
 
 
 def _fault(path: str, what: str, error: Exception, mend: str) -> DataError:
     """One line of an error of the library; `mend` is for what does not lie on this machine."""
-    cause = error.__cause__ or error  # "An error occurred while generating the dataset" says little
-    reason = " ".join(str(cause).split())[:300]
     if _local_folders(path):
         mend = (
             "check subset and split, and that the file is whole, in UTF-8, and what its name says"
         )
-    return DataError(f"{path}: {what} ({type(cause).__name__}: {reason}): {mend}")
+    return DataError(f"{path}: {what} ({hub.reason(error)}): {mend}")
 
 
 def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) -> Any:
@@ -237,7 +235,7 @@ class Stream(Sharded):
         except DataError:
             raise
         except Exception as error:  # see open_dataset
-            mend = "check the network; a run then goes on with --resume"
+            mend = "check the network and the file; a run then goes on with --resume"
             raise _fault(str(self), f"shard {index} could not be read", error, mend) from None
 
     def fingerprint(self) -> str:
