@@ -158,7 +158,10 @@ def load(folder: Path) -> TextTokenizer:
     bpe, piece = folder / BPE.file_name, folder / SentencePiece.file_name
     path = bpe if bpe.is_file() else piece
     if not path.is_file():
-        raise CheckpointError(f"{folder}: neither {BPE.file_name} nor {SentencePiece.file_name}")
+        raise CheckpointError(
+            f"{folder}: neither {BPE.file_name} nor {SentencePiece.file_name}: it is the folder of"
+            " no text tokeniser: name another"
+        )
     try:
         if path == bpe:
             return BPE(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))

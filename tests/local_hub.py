@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -32,13 +34,21 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, root: Path, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.root, self.log, self.faults = root, [], {}
+        self.root, self.log, self.faults, self.connections = root, [], {}, []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
+    def process_request(self, request, client_address) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
     def close(self) -> None:
+        """Answers nothing more, not even on connections that are kept open."""
         self.shutdown()
         self.server_close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def fault(self, path: str):
         return next((f for pattern, f in self.faults.items() if re.search(pattern, path)), None)
@@ -98,7 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
             for path in paths
             if path.exists()
         ]
-        self._send(json.dumps(told).encode(), 200 if told else 404)
+        if told:
+            return self._send(json.dumps(told).encode())
+        return self._send(b"{}", 404, {"X-Error-Code": "EntryNotFound"})
 
     def _file(self, repo: Path, file: str, fault) -> None:
         path = repo / file
@@ -107,7 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(b"", 404, {"X-Error-Code": code})
         whole = path.read_bytes()
         about = {"ETag": f'"{hashlib.sha1(whole).hexdigest()}"', "X-Repo-Commit": _commit(repo)}
-        whole = fault(whole) if fault else whole
+        spoilt = fault(whole) if fault else whole
+        if len(spoilt) < len(whole):  # the line is cut
+            self.close_connection = True
+            return self._send(spoilt, 200, {**about, "Content-Length": str(len(whole))})
+        whole = spoilt
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(found[1]), min(int(found[2] or len(whole)), len(whole) - 1)
             about["Content-Range"] = f"bytes {first}-{last}/{len(whole)}"
@@ -116,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, body: bytes, status: int = 200, headers: dict | None = None) -> None:
         self.send_response(status)
-        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -142,7 +143,11 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
     except MmrdpmError:
         raise
     except Exception as error:  # whatever the parts that diffusers calls raise
-        raise CheckpointError(_why(source, folder, error)) from None
+        said = " ".join(str(error).split()).replace(f"{folder}/", "")
+        raise CheckpointError(
+            f"tokenizer.autoencoder.diffusers: {source}: no autoencoder could be loaded from"
+            f" {folder} ({textwrap.shorten(said, 240, placeholder=' ...')}): put a good copy there"
+        ) from None
     if report["missing_keys"]:
         raise CheckpointError(
             f"{source}: its weights lack {report['missing_keys'][0]!r} and"
@@ -163,31 +168,26 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
 
 def _folder(config: PublishedConfig) -> Path:
     """Where it lies: the folder, or what the hub gave of it."""
-    source = Path(config.diffusers).expanduser()
-    if source.is_dir():
-        return source / config.subfolder
-    if config.diffusers.startswith((".", "~", "/")):
+    folder = Path(config.diffusers).expanduser()
+    if folder.is_dir():
+        folder /= config.subfolder
+    elif config.diffusers.startswith((".", "~", "/")):
         raise CheckpointError(
-            f"tokenizer.autoencoder.diffusers: {source}: no such folder: correct the path"
+            f"tokenizer.autoencoder.diffusers: {folder}: no such folder: correct the path"
         )
-    files = [(Path(config.subfolder) / name).as_posix() for name in _FILES]
-    return hub.fetch(config.diffusers, files) / config.subfolder
-
-
-def _why(source: str, folder: Path, error: Exception) -> str:
+    else:
+        files = [(Path(config.subfolder) / name).as_posix() for name in _FILES]
+        folder = hub.fetch(config.diffusers, files) / config.subfolder
     if not (folder / "config.json").is_file():
-        return f"{folder}: holds no config.json: give the folder of one autoencoder"
-    pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
-    if pickled and not list(folder.glob("*.safetensors")):
-        return (
-            f"{pickled[0]}: pickled weights are never loaded: save them anew as safetensors"
+        raise CheckpointError(
+            f"{folder}: holds no config.json: give the folder of one autoencoder, or its subfolder"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: holds no safetensors, and pickled weights are never loaded: save them anew"
             " (save_pretrained of diffusers does)"
         )
-    said = " ".join(str(error).split())[:240]
-    return (
-        f"tokenizer.autoencoder.diffusers: {source}: no autoencoder could be loaded ({said}): give"
-        " a good copy of one"
-    )
+    return folder
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
