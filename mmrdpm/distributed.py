@@ -126,8 +126,9 @@ def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
             return None
         raise DistributedError(
             f"rank {rank()}: ranks of several machines that start again would look for the"
-            " addresses of the dead ones: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every"
-            " torchrun, or leave --max-restarts out"
+            " addresses of the dead ones: start every torchrun with"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend c10d, or leave"
+            " --max-restarts out"
         )
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,21 +30,9 @@ def resolve(kind: shipped.Kind, name: str, files: Sequence[str]) -> Path:
     return fetch(name, files)
 
 
-class _Once(logging.Filter):
-    """Lets what a library says at each of many tries through at the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._told: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        what = record.getMessage().partition(" [")[0]  # the number of the try follows
-        new = what not in self._told
-        self._told.add(what)
-        return new
-
-
-_ONCE = _Once()
+def _first_try(record: logging.LogRecord) -> bool:
+    """Whether a library does not say again, `[2/20]`, what it has said at its first try."""
+    return not re.search(r" \[(?!1/)\d+/\d+\]", record.getMessage())
 
 
 def quieten() -> None:
@@ -59,7 +46,7 @@ def quieten() -> None:
 
     for library in ("huggingface_hub", "xformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    logging.getLogger("datasets.utils.file_utils").addFilter(_ONCE)
+    logging.getLogger("datasets.utils.file_utils").addFilter(_first_try)
     if not distributed.is_main():
         disable_progress_bars()
 
@@ -83,8 +70,8 @@ def fetch(name: str, files: Sequence[str]) -> Path:
         ) from None
     if not any(next(folder.glob(pattern), None) for pattern in files):
         raise CheckpointError(
-            f"{name}: on the hub {constants.ENDPOINT} it holds none of {', '.join(files)}: name"
-            " another repository"
+            f"{name}: neither the hub {constants.ENDPOINT} nor its cache ({folder}) gave any of"
+            f" {', '.join(files)}: see to the network, or name another repository"
         )
     return folder
 
@@ -107,4 +94,4 @@ def reason(error: BaseException) -> str:
             break
         before = before.__cause__ or before.__context__
     text = " ".join(str(said).split()).partition(" For more information check:")[0]
-    return textwrap.shorten(f"{type(said).__name__}: {text}", 240, placeholder=" ...")
+    return f"{type(said).__name__}: {text}"[:240]

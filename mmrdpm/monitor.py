@@ -237,8 +237,9 @@ class Monitor:
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         self.stopping = True
+        launched = is_torchelastic_launched()
+        signal.signal(number, signal.SIG_IGN if launched else self._handlers[number])
         self.say("stopping: saving what is done; once more to kill")
-        if is_torchelastic_launched():  # asleep, as only here can what comes be set to kill again
-            signal.signal(number, signal.SIG_IGN)
+        if launched:  # asleep, as only here can what comes be set to kill again
             time.sleep(distributed.SIGNALS_TOGETHER)
-        signal.signal(number, self._handlers[number])
+            signal.signal(number, self._handlers[number])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmrdpm import weights
-from mmrdpm.errors import CheckpointError
+from mmrdpm.errors import DamagedError
 
 
 def save(tree: Any, path: Path) -> None:
@@ -26,7 +26,8 @@ def load(path: Path) -> Any:
     """What `save` wrote.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing.
+        DamagedError: it is damaged.
     """
     tensors, metadata = weights.load(path)
     try:
@@ -34,7 +35,7 @@ def load(path: Path) -> Any:
     except (KeyError, TypeError, ValueError):
         tree = None
     if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: not a resume state of this project")
+        raise DamagedError(f"{path}: not a resume state of this project: get a good copy")
     return tree
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import tarfile
+import time
 from collections import Counter
 
 import pytest
@@ -131,6 +132,7 @@ def test_workers_go_on_after_the_signals_of_one_stop(late, make, uninterrupted, 
     if late:
         monkeypatch.setattr(data_rows, "SIGNALS_TOGETHER", 0.0)
     else:
+        monkeypatch.setattr(data_rows, "SIGNALS_TOGETHER", 60.0)
         monkeypatch.setattr(data_rows, "_LAST_UPDATE", 5.0)
     loader = make(workers=2)
     assert rows(loader) == uninterrupted[0]
@@ -140,6 +142,7 @@ def test_workers_go_on_after_the_signals_of_one_stop(late, make, uninterrupted, 
         os.kill(worker.pid, signal.SIGTERM)
     if late:
         assert [rows(loader) for _ in range(5)] == uninterrupted[1:6]
+    time.sleep(0.5)  # two signals that are both waiting are one
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
     if not late:

@@ -33,7 +33,7 @@ from mmrdpm.distributed import SIGNALS_TOGETHER
 from mmrdpm.errors import DataError, MmrdpmError
 
 _LOOK_AHEAD = 16
-_LAST_UPDATE = 30.0  # seconds that the trainer may need rows after it was told to stop
+_LAST_UPDATE = 600.0  # seconds in which a trainer that is to stop saves, draws and wants rows again
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -295,8 +295,9 @@ def _stay_once(*_: object) -> None:
     first = time.monotonic()
 
     def leave(*_: object) -> None:
-        together = time.monotonic() - first < SIGNALS_TOGETHER
-        timer = threading.Timer(_LAST_UPDATE if together else 0, os._exit, (0,))
+        if time.monotonic() - first >= SIGNALS_TOGETHER:
+            os._exit(0)
+        timer = threading.Timer(_LAST_UPDATE, os._exit, (0,))
         timer.daemon = True  # a worker that has nothing left to do need not wait for it
         timer.start()
 

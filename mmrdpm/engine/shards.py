@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmrdpm import distributed
-from mmrdpm.errors import CheckpointError
+from mmrdpm.errors import CheckpointError, DamagedError
 
 
 class ShardWriter:
@@ -70,7 +70,7 @@ def load(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fills tensors, whole or sharded in any way, with what was saved under their names.
 
     Raises:
-        CheckpointError: a name or a part is missing, a shape differs, or a file is damaged.
+        DamagedError: a name or a part is missing, a shape differs, or a file is damaged.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint import load as read
@@ -87,11 +87,16 @@ def load(tensors: Mapping[str, Tensor], folder: Path) -> None:
             warnings.simplefilter("ignore")
             read(dict(tensors), storage_reader=reader)
 
-    remedy = f"take {folder.parent.name}.safetensors away to go on from an earlier checkpoint"
-    _told(work, folder, "could not be read", remedy)
+    _told(work, folder, "could not be read", "get a good copy", DamagedError)
 
 
-def _told(work: Callable[[], Any], folder: Path, what: str, remedy: str) -> Any:
+def _told(
+    work: Callable[[], Any],
+    folder: Path,
+    what: str,
+    remedy: str,
+    kind: type[CheckpointError] = CheckpointError,
+) -> Any:
     """Does it and gives what comes of it; what went wrong on any rank becomes one line."""
     from torch.distributed.checkpoint import CheckpointException
 
@@ -104,6 +109,6 @@ def _told(work: Callable[[], Any], folder: Path, what: str, remedy: str) -> Any:
         failures = getattr(error, "failures", {distributed.rank(): (error, None)})
         rank, (first, _) = min(failures.items())
         reason = " ".join(str(first).split())[:200]
-        raise CheckpointError(f"{folder}: {what} (rank {rank}: {reason}): {remedy}") from None
+        raise kind(f"{folder}: {what} (rank {rank}: {reason}): {remedy}") from None
     finally:
         logger.setLevel(level)

@@ -14,6 +14,7 @@ from PIL import Image
 from mmrdpm import hub
 from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet
+from mmrdpm.errors import CheckpointError
 from mmrdpm.evaluation.figure import Figure, digest, digest_of_files
 from mmrdpm.evaluation.part import Part
 from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
@@ -140,17 +141,10 @@ class Clip:
 def _folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "model.safetensors"]
-    hub.quieten()
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except Exception as error:  # the client's own, and those of two libraries below it
-        raise MissingEvaluator(
-            f"{model}: neither a folder nor a model that the hub gave ({hub.reason(error)}):"
-            " download it where there is a network, and give the folder as clip=DIR"
-        ) from None
+        return hub.fetch(model, ["*.json", "*.txt", "model.safetensors"])
+    except CheckpointError as error:
+        raise MissingEvaluator(f"{error} as clip=DIR") from None
 
 
 def _first(error: Exception) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -143,10 +142,10 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
     except MmrdpmError:
         raise
     except Exception as error:  # whatever the parts that diffusers calls raise
-        said = " ".join(str(error).split()).replace(f"{folder}/", "")
+        said = " ".join(str(error).split()).replace(f"{folder}/", "")[:240]
         raise CheckpointError(
             f"tokenizer.autoencoder.diffusers: {source}: no autoencoder could be loaded from"
-            f" {folder} ({textwrap.shorten(said, 240, placeholder=' ...')}): put a good copy there"
+            f" {folder} ({said}): put a good copy there"
         ) from None
     if report["missing_keys"]:
         raise CheckpointError(
@@ -184,8 +183,8 @@ def _folder(config: PublishedConfig) -> Path:
         )
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder}: holds no safetensors, and pickled weights are never loaded: save them anew"
-            " (save_pretrained of diffusers does)"
+            f"{folder}: holds no safetensors: get a whole copy; pickled weights (.bin, .ckpt) are"
+            " never loaded: save them anew (save_pretrained of diffusers does)"
         )
     return folder
 
