@@ -40,7 +40,7 @@ def test_nodes_whose_restarted_ranks_would_look_for_dead_ones_are_refused(monkey
     for name, value in (names | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)
     with (
-        pytest.raises(DistributedError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        pytest.raises(DistributedError, match="with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
         distributed.joined(60),
     ):
         pass
