@@ -183,8 +183,8 @@ def _folder(config: PublishedConfig) -> Path:
         )
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder}: holds no safetensors: get a whole copy; pickled weights (.bin, .ckpt) are"
-            " never loaded: save them anew (save_pretrained of diffusers does)"
+            f"{folder}: holds no safetensors: get a whole copy; pickled weights are never loaded:"
+            " save a .bin or .ckpt anew (save_pretrained of diffusers does)"
         )
     return folder
 
