@@ -90,9 +90,10 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
     saved = recipe.from_dict(type(resolved), recipe.read(path), str(path))
     for key, old, new in _differences(recipe.to_dict(saved), recipe.to_dict(resolved)):
         if key not in free:
+            here = idle and not key.startswith("tokenizers.")  # their copies are not taken away
             raise CheckpointError(
                 f"{run}: was begun with {key}={old}, not {new}: resume it with the same recipe, or"
-                f" begin anew {'without --resume' if idle else 'in another folder'}"
+                f" begin anew {'without --resume or ' if here else ''}in another folder"
             )
 
 
@@ -102,31 +103,48 @@ def _is_idle(run: Path) -> bool:
     return log.is_file() and not (log.stat().st_size or newest(run) or (run / _RESUME).exists())
 
 
-def forget(run: Path) -> None:
-    """Makes a run that `begin` lets begin anew one that has not begun; its folder is claimed."""
+def forget(run: Path, alone: bool) -> None:
+    """Makes a run that `begin` lets begin anew one that has not begun; its folder is claimed.
+
+    Args:
+        alone: whether it is known that no other process trains in it, see `claimed`.
+
+    Raises:
+        CheckpointError: there is something to forget, and that is not known.
+    """
     if (run / RECIPE_FILE).exists():
+        if not alone:
+            raise CheckpointError(
+                f"{run}: holds a start that has done nothing yet, perhaps of a process still at"
+                f" work, as files cannot be locked here: name another folder, or take {RECIPE_FILE}"
+                " away if there is none"
+            )
         (run / SKIPPED_FILE).unlink(missing_ok=True)
         (run / RECIPE_FILE).unlink()  # last, as it says that there is something to forget
 
 
 @contextmanager
-def claimed(run: Path) -> Iterator[None]:
+def claimed(run: Path) -> Iterator[bool]:
     """Keeps other jobs out of a run's folder while the block runs.
+
+    Gives whether it can, which on a file system without locks is not so; only rank 0 knows.
 
     Raises:
         CheckpointError: another process trains in it.
     """
+    alone = False
     with open(run / _LOCK, "w", encoding="utf-8") as file:
         try:
             if distributed.is_main():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
         except BlockingIOError:
             raise CheckpointError(
                 f"{run}: another process is training in this folder: wait for its end, or stop it"
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
+        yield alone
 
 
 def record(run: Path, resolved: Any, tokenizers: Mapping[str, tuple[Path, Sequence[str]]]) -> None:

@@ -54,8 +54,8 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
                 run, pretrained.complete(recipe, run if resume else None), resume, MAY_CHANGE
             )
         )
-        with checkpoint.claimed(run):
-            distributed.first(lambda: None if resume else checkpoint.forget(run))
+        with checkpoint.claimed(run) as alone:
+            distributed.first(lambda: None if resume else checkpoint.forget(run, alone))
             trainer = Trainer(recipe, run)
             trainer.check_prompts()  # a faulty one should not leave half a run
             distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers))

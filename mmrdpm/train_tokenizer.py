@@ -91,8 +91,8 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
         again = distributed.restarted()
         resume = resume or (again and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(lambda: _open(recipe, run, resume))
-        with checkpoint.claimed(run):
-            distributed.first(lambda: None if resume else checkpoint.forget(run))
+        with checkpoint.claimed(run) as alone:
+            distributed.first(lambda: None if resume else checkpoint.forget(run, alone))
             distributed.first(lambda: checkpoint.record(run, recipe, {}))
             return _loop(recipe, run, trainer)
 

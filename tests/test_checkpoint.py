@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import threading
 from pathlib import Path
 
@@ -69,8 +71,13 @@ def test_a_start_that_did_nothing_may_begin_anew_and_one_that_did_something_not(
     (tmp_path / checkpoint.SKIPPED_FILE).write_text("of the records that stopped it")
     checkpoint.record(tmp_path, CheckpointPolicy(), {})
     checkpoint.begin(tmp_path, CheckpointPolicy(), resume=True)
-    with pytest.raises(CheckpointError, match=r"begun with every=500, not 7.*without --resume"):
+    with pytest.raises(
+        CheckpointError, match=r"begun with every=500, not 7.*without --resume or in another"
+    ):
         checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=True)
+    with pytest.raises(CheckpointError, match=r"perhaps of a process still at work.*recipe\.yaml"):
+        checkpoint.forget(tmp_path, alone=False)
+    assert (tmp_path / checkpoint.RECIPE_FILE).exists()
     (tmp_path / "resume").mkdir()  # as where its weights were moved elsewhere
     with pytest.raises(CheckpointError, match="holds a run already"):
         checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=False)
@@ -81,7 +88,7 @@ def test_a_start_that_did_nothing_may_begin_anew_and_one_that_did_something_not(
     log.write_text("")
     checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=False)
     assert recipe.read(tmp_path / checkpoint.RECIPE_FILE)["every"] == 500  # another may train there
-    checkpoint.forget(tmp_path)
+    checkpoint.forget(tmp_path, alone=True)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LOG_FILE]
     checkpoint.begin(tmp_path, CheckpointPolicy(every=7), resume=False)  # a part was faulty
 
@@ -159,8 +166,17 @@ def test_two_jobs_do_not_train_in_one_folder(tmp_path):
         checkpoint.claimed(tmp_path),
     ):
         pass
-    with checkpoint.claimed(tmp_path):
-        pass
+    with checkpoint.claimed(tmp_path) as alone:
+        assert alone
+
+
+def test_where_files_cannot_be_locked_a_run_is_not_known_to_be_alone(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with checkpoint.claimed(tmp_path) as alone:
+        assert not alone
 
 
 def test_ranks_go_on_from_one_checkpoint_or_not_at_all(tmp_path, monkeypatch):

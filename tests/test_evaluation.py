@@ -117,6 +117,8 @@ def test_distances_grow_with_the_damage(judge, real):
 def test_judges_refuse_what_makes_no_sense(judge, real):
     with pytest.raises(DataError, match="mismatched resolutions: pictures of 32x32 and of 72x72"):
         drawn.kid(judge.features, [p.resize((32, 32)) for p in real], real)
+    with pytest.raises(DataError, match=r"4 pictures and 5 references are not pairs: give"):
+        drawn.kid(judge.features, real[1:], real, paired=True)
     with pytest.raises(DataError, match="0 pictures for 0 names"):
         drawn.named_in_top(judge, [], [])
     with pytest.raises(DataError, match="'lantern': no such name in the gallery"):

@@ -185,6 +185,8 @@ def test_a_plot_shows_what_variants_differ_in(tiny_sweep, tmp_path):
     assert "DejaVuSans-Bold" in picture  # the base
     without = replace(sweep, variants=sweep.variants[1:])
     assert without.base is None and drawn(without, tmp_path / "one") == {}  # nothing to differ from
+    report(without, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.svg"))  # an earlier plot would show other lines
 
 
 def test_names_of_dots_in_one_place_do_not_cover_each_other():

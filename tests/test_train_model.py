@@ -183,7 +183,7 @@ def test_a_source_that_fails_at_once_leaves_nothing_and_says_so(
     assert checkpoint.newest(tmp_path / "run") is None
     monkeypatch.undo()
     corrected = recipe.load(ModelRecipe, texts_recipe, ["train.lr=0.002"])
-    with pytest.raises(CheckpointError, match=r"train\.lr=.*or begin anew without --resume"):
+    with pytest.raises(CheckpointError, match=r"train\.lr=.*or begin anew without --resume or in"):
         train(corrected, tmp_path / "run", resume=True)
     assert train(corrected, tmp_path / "run")
     assert recipe.read(tmp_path / "run" / "recipe.yaml")["train"]["lr"] == 0.002

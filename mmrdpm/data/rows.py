@@ -155,14 +155,11 @@ class Lanes:
         skipped: list[Skipped] = []
         for _ in range(max(1, workers)):
             part = next(self._parts)
-            if isinstance(part, AllBroken):
-                self.skipped_log.add(part.skipped)
-                raise self.skipped_log.named(part)
-            if isinstance(part, MmrdpmError):
-                raise part
-            for filled in part:
+            skipped += [one for filled in part.filled for one in filled.skipped]
+            if part.fault:
+                raise self._told(part.fault, skipped)
+            for filled in part.filled:
                 rows[filled.lane], self._states[filled.lane] = filled.row, filled.state
-                skipped += filled.skipped
         if skipped:
             self.skipped_log.add(skipped)  # first, as it says what stops the run
             try:
@@ -170,6 +167,14 @@ class Lanes:
             except DataError as error:
                 raise self.skipped_log.named(error) from None
         return [rows[lane] for lane in self.lanes]
+
+    def _told(self, fault: MmrdpmError, skipped: Sequence[Skipped]) -> MmrdpmError:
+        """Why there are no rows, after what was left out in the batch until then was listed."""
+        if isinstance(fault, AllBroken):
+            self.skipped_log.add([*skipped, *fault.skipped])
+            return self.skipped_log.named(fault)
+        self.skipped_log.add(skipped)
+        return fault
 
     def _check_broken(self, last: Sequence[Skipped]) -> None:
         """Over all lanes, as each one alone sees too few records."""
@@ -229,8 +234,12 @@ class _Filled:
     state: dict[str, Any]
 
 
-_Part = Sequence[_Filled] | MmrdpmError
-"""A worker's share of a batch, or why there is none."""
+@dataclass(frozen=True)
+class _Part:
+    """A worker's share of a batch, the whole of it where there is no fault."""
+
+    filled: list[_Filled]
+    fault: MmrdpmError | None = None
 
 
 class _Reader(IterableDataset):
@@ -250,12 +259,18 @@ class _Reader(IterableDataset):
     def __iter__(self) -> Iterator[_Part]:
         worker = get_worker_info()
         chosen = list(self.states)[worker.id if worker else 0 :: self.workers]
+        lanes: dict[int, Lane] = {}
+        filled: list[_Filled] = []
         try:
-            lanes = {number: self._lane(number) for number in chosen}
             while True:
-                yield [_fill(number, lane) for number, lane in lanes.items()]
+                filled = []
+                for number in chosen:
+                    if number not in lanes:
+                        lanes[number] = self._lane(number)
+                    filled.append(_fill(number, lanes[number]))
+                yield _Part(filled)
         except MmrdpmError as error:  # through a DataLoader it would become a stack trace
-            yield error
+            yield _Part(filled, error)
 
     def _lane(self, number: int) -> Lane:
         plan = self.plan
@@ -273,7 +288,7 @@ def _fill(number: int, lane: Lane) -> _Filled:
     return _Filled(number, row, skipped, lane.state())
 
 
-def _as_it_is(part: _Part) -> _Part:
+def _as_it_is(part: Any) -> Any:
     return part
 
 

@@ -103,8 +103,14 @@ def kid(
             note says by how much.
 
     Raises:
-        DataError: fewer than two pictures, or pictures of different resolutions.
+        DataError: fewer than two pictures, pictures of different resolutions, or `paired` and not
+            a reference for each picture.
     """
+    if paired and len(pictures) != len(reference):
+        raise DataError(
+            f"{len(pictures)} pictures and {len(reference)} references are not pairs: give a"
+            " reference for each picture, or leave paired out"
+        )
     protocol = kid_protocol(features, pictures, reference, paired)
     x, y = features(pictures), features(reference)
     value = kernel_distance(x, y)

@@ -78,7 +78,7 @@ def choose_group(data: EmojiData, name: str, count: int, seed: int) -> Group:
     """
     chosen = choose(data, GROUPS[name], count, seed)
     if not chosen:
-        raise DataError(f"the group {name!r} of the embedded data is empty: leave it out of groups")
+        raise DataError(f"the group {name!r} of the embedded data is empty: name another")
     return Group(
         name,
         chosen,

@@ -144,7 +144,7 @@ def _folder(model: str) -> Path:
     try:
         return hub.fetch(model, ["*.json", "*.txt", "model.safetensors"])
     except CheckpointError as error:
-        raise MissingEvaluator(f"{error} as clip=DIR") from None
+        raise MissingEvaluator(f"{error}; a folder is given as clip=DIR") from None
 
 
 def _first(error: Exception) -> str:

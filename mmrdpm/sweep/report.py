@@ -52,13 +52,17 @@ def report(sweep: Sweep, out: Path) -> Path:
 
 def _quality(sweep: Sweep, rows: Sequence[Row], stem: Path) -> str:
     names = sweep.names
+    variants, quality, steps = (
+        stem.with_name(f"{stem.name}-{plot}.svg") for plot in ("variants", "quality", "steps")
+    )
+    for earlier in (variants, quality, steps):
+        earlier.unlink(missing_ok=True)  # one that is left out now would belong to other lines
     columns = [c for c in COLUMNS if c[0] in _MAIN and plots.differs(names, rows, c[0])]
     if columns:
-        path = stem.with_name(f"{stem.name}-variants.svg")
-        plots.plot_variants(names, sweep.base, rows, columns, path)
+        plots.plot_variants(names, sweep.base, rows, columns, variants)
     if plots.differs(names, rows, "information"):  # not where all draw by the same weights
-        plots.plot_quality(names, rows, stem.with_name(f"{stem.name}-quality.svg"))
-        plots.plot_steps(names, rows, stem.with_name(f"{stem.name}-steps.svg"))
+        plots.plot_quality(names, rows, quality)
+        plots.plot_steps(names, rows, steps)
     return ""
 
 
