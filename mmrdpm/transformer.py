@@ -147,11 +147,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[R, S, width]` -> turned q `[R, S, H, D]` and k, and v, `[R, S, G, D]`."""
-        return self.turned(self.qkv(x), rotation)
-
-    def turned(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`project` of what the first matrix gives, `[R, S, (H + 2 G) D]`."""
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
         turned = rotate(self.normalise(qk), rotation).to(v.dtype)  # autocast norms in float32
         q, k = turned.split((self.heads, self.kv_heads), dim=-2)
@@ -160,10 +156,16 @@ class Attention(nn.Module):
     def normalise(self, qk: Tensor) -> Tensor:
         """QK-norm (Henry et al. 2020, arXiv 2010.04245) of `[R, S, H + G, D]`, q first."""
         normed = rms_norm(qk, (self.head_dim,), eps=self.eps)
+        weights = self.norm_weights()
+        return normed if weights is None else normed * weights.to(normed.dtype)
+
+    def norm_weights(self) -> Tensor | None:
+        """Of the norm of queries and keys, `[H + G, D]`, None where it has none."""
         if self.q_norm is None or self.k_norm is None:
-            return normed
-        weights = [self.q_norm.expand(self.heads, -1), self.k_norm.expand(self.kv_heads, -1)]
-        return normed * torch.cat(weights).to(normed.dtype)
+            return None
+        return torch.cat(
+            [self.q_norm.expand(self.heads, -1), self.k_norm.expand(self.kv_heads, -1)]
+        )
 
 
 class FeedForward(nn.Module):

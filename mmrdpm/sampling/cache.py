@@ -53,6 +53,13 @@ class Cache:
         bias = None if self._bias is None else self._bias[..., :end]
         return sdpa.masked(q, self._keys[layer, :, :end], self._values[layer, :, :end], bias)
 
+    def kept(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the one row of a layer, `[K + room, G, D]`, to be read and added to.
+
+        Whoever adds some raises `length`.
+        """
+        return self._keys[layer].squeeze(0), self._values[layer].squeeze(0)
+
     def _put(self, layer: int, k: Tensor, v: Tensor) -> int:
         """Keeps what a block brings behind the context; gives the place after it."""
         end = self.length + k.shape[1]
