@@ -1,50 +1,63 @@
-"""How true pictures are judged that went through the codes of image tokenisers.
+"""How true pictures are judged that went through the codes of image tokenisers, or of peers.
 
     python scripts/peer_ceilings.py runs/t4 runs/t5 runs/t6 [emoji-rdpm-32 ...] [key=value ...]
+    python scripts/peer_ceilings.py raster scales [key=value ...]
 
 The pictures, their judge and the start noise are those of recipes/peers/emoji.yaml, whose keys can
-be overridden: what ours can reach with a tokeniser, were its codes drawn without an error. Prints a
-JSON line each.
+be overridden: what ours can reach with a tokeniser, or a peer, were its codes drawn without an
+error. Prints a JSON line each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from mmrdpm import machine, recipe, shipped
+from mmrdpm.bench.peers import peers
 from mmrdpm.bench.peers.protocol import PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.data.pictures import to_tensor
 from mmrdpm.metrics.reconstruction import psnr
+
+PEERS = ("raster", "scales")  # masked tokens are those of raster
 
 
 @torch.no_grad()
 def main(names: list[str], overrides: list[str]) -> None:
     path = shipped.resolve("recipes", "peers/emoji")
     for name in names:
-        loaded = recipe.load(PeerBench, path, [*overrides, f"tokenizers.image={name}"])
+        image = [] if name in PEERS else [f"tokenizers.image={name}"]
+        loaded = recipe.load(PeerBench, path, [*overrides, *image])
         machine.prepare(loaded.equal.threads)
         scene = Scene(loaded)
         quality, images = Quality(scene, loaded.judging), scene.images
         images.noise_pool = loaded.ours.noise_pool
         chosen = quality.group.indices
         latents = scene.latents[chosen]
-        through = images.encode_latents(latents, range(len(latents)))[1][0]
+        if name in PEERS:
+            with tempfile.TemporaryDirectory() as folder:
+                codes = peers.make(name, loaded, scene, Path(folder)).codes
+            through = codes.partial(codes.encode(latents))
+            about = {"peer": name, "sides": codes.sides}
+        else:
+            through = images.encode_latents(latents, range(len(latents)))[1][0]
+            about = {"tokenizer": Path(name).name, "steps": images.num_timesteps}
+            about["noise_pool"] = images.noise_pool
         left = psnr(images.decode_latents(through), to_tensor(scene.data.images[chosen]))
-        size = {"steps": images.num_timesteps, "codebook_size": images.codebook_size}
-        how = {"noise_pool": images.noise_pool, "count": len(latents)}
+        about |= {"codebook_size": images.codebook_size, "count": len(latents)}
         figures = {"psnr": left.mean().item(), **asdict(quality(scene.decode(through)))}
-        print(json.dumps({"tokenizer": Path(name).name, **size, **how, **figures}), flush=True)
+        print(json.dumps({**about, **figures}), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("given", nargs="+", metavar="TOKENIZER|key=value")
+    parser.add_argument("given", nargs="+", metavar="TOKENIZER|PEER|key=value")
     given = parser.parse_args().given
     tokenizers = [word for word in given if "=" not in word]
-    main(tokenizers or parser.error("name a tokeniser"), [w for w in given if "=" in w])
+    main(tokenizers or parser.error("name a tokeniser or a peer"), [w for w in given if "=" in w])
