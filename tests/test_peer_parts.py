@@ -1,7 +1,7 @@
 # ruff: noqa: E402 (what needs the extra is imported after it was looked for)
 """What several peers share: their recipe, residual codes, captions as they see them, plots."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +12,13 @@ for package in ("diffusers", "transformers", "transfusion_pytorch", "matplotlib"
 
 import mmrdpm
 from mmrdpm import recipe, shipped
-from mmrdpm.bench.peers import report
+from mmrdpm.bench.peers import ours, report
 from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.llama import prefix_mask
-from mmrdpm.bench.peers.protocol import Judging, PeerBench, left_padded
+from mmrdpm.bench.peers.protocol import Judging, PeerBench, Scene, left_padded
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.data.emoji import load_emoji
+from mmrdpm.document import NO_TARGET
 from mmrdpm.evaluation import drawn, emoji
 from mmrdpm.evaluation.store import Store
 from mmrdpm.evaluation.suite import EmojiSuite
@@ -61,6 +62,20 @@ def test_captions_are_padded_on_the_left_and_text_is_causal():
         [0, 1, 1, 1, 1, 1],
         [0, 1, 1, 1, 1, 1],
     ]
+
+
+def test_ours_learns_so_many_timesteps_of_a_picture(monkeypatch):
+    loaded = recipe.load(PeerBench, shipped.resolve("recipes", "peers/smoke"))
+    scene, learned = Scene(loaded), []
+    monkeypatch.setattr(
+        ours, "loss", lambda _, packed, **__: learned.append(packed) or SimpleNamespace(total=0)
+    )
+    for steps in (1, 4, 99):
+        shape = replace(loaded.ours, steps_per_image=steps)
+        ours.Ours(shape, scene).loss(scene.batch(seed=0, step=0, size=3))
+        timesteps = learned[-1].timesteps[learned[-1].targets != NO_TARGET]
+        of_a_picture, positions = min(steps, scene.images.num_timesteps), 4 * 4
+        assert len(timesteps) == 3 * of_a_picture * positions and timesteps.min() >= 1
 
 
 def test_figures_have_the_protocol_of_an_evaluation(

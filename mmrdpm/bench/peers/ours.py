@@ -18,8 +18,6 @@ from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.transformer import TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
-_STEPS_PER_IMAGE = 4  # timesteps of a picture that one update learns, as in the shipped recipe
-
 
 class Ours(Peer):
     """The transformer of `mmrdpm train`, one document a row; the text has no loss.
@@ -43,7 +41,7 @@ class Ours(Peer):
             preconditioning=shape.preconditioning,
             places=shape.places,
         )
-        self.soft_labels = shape.soft_labels
+        self.soft_labels, self.steps_per_image = shape.soft_labels, shape.steps_per_image
         if self.soft_labels:
             check_soft_labels("ours.soft_labels", scene.images.codebook)
         self.scene = scene
@@ -66,7 +64,7 @@ class Ours(Peer):
         num_timesteps = self.images.num_timesteps
         documents: list[Document] = []
         for row, caption in enumerate(batch.captions):
-            count = min(_STEPS_PER_IMAGE, num_timesteps)
+            count = min(self.steps_per_image, num_timesteps)
             timesteps = tuple((1 + torch.multinomial(self.shares, count)).tolist())
             codes, path, near = (each[:, row].cpu() for each in (code_indices, states, residuals))
             segment = ImageSegment(codes, path, timesteps, residuals=near)

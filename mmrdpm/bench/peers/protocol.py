@@ -68,11 +68,13 @@ class OurShape(Shape):
     Attributes:
         preconditioning, places: see `TransformerConfig`.
         soft_labels: see `objective.loss`.
+        steps_per_image: timesteps of a picture that one update learns, all where it has fewer.
     """
 
     preconditioning: bool = False
     places: bool = False
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
+    steps_per_image: int = field(default=4, metadata={"min": 1})
 
 
 @dataclass(frozen=True)
