@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from mmrdpm import checkpoint, distributed, recipe, tree, weights
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.errors import CheckpointError
+from mmrdpm.model_recipe import Tokenizers
 from mmrdpm.monitor import JsonLines
 
 
@@ -168,6 +170,18 @@ def test_two_jobs_do_not_train_in_one_folder(tmp_path):
         pass
     with checkpoint.claimed(tmp_path) as alone:
         assert alone
+
+
+@dataclass(frozen=True)
+class Named:
+    tokenizers: Tokenizers
+
+
+def test_where_another_tokeniser_is_copied_a_start_that_did_nothing_begins_elsewhere(tmp_path):
+    (tmp_path / checkpoint.LOG_FILE).touch()
+    checkpoint.record(tmp_path, Named(Tokenizers()), {})
+    with pytest.raises(CheckpointError, match=r"or begin anew in another folder$"):
+        checkpoint.begin(tmp_path, Named(Tokenizers(image="other")), resume=True)
 
 
 def test_where_files_cannot_be_locked_a_run_is_not_known_to_be_alone(tmp_path, monkeypatch):

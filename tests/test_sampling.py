@@ -301,15 +301,21 @@ _LIKE_A_LANGUAGE_MODEL = {
 
 
 @pytest.mark.parametrize(
-    "variant",
-    [{}, {"width": 52, "ffn": 37}, {"code_geometry": True, "places": True}, _LIKE_A_LANGUAGE_MODEL],
-    ids=["plain", "odd", "geometry", "language model"],
+    ("variant", "scored"),
+    [
+        ({}, VOCABULARY.eos + 1),
+        ({}, VOCABULARY.size),  # no whole number of parts
+        ({"width": 52, "ffn": 37}, VOCABULARY.eos + 1),
+        ({"code_geometry": True, "places": True}, VOCABULARY.eos + 1),
+        (_LIKE_A_LANGUAGE_MODEL, VOCABULARY.eos + 1),
+    ],
+    ids=["plain", "all ids", "odd", "geometry", "language model"],
 )
 @torch.inference_mode()
-def test_a_writer_scores_what_the_whole_model_does(variant):
+def test_a_writer_scores_what_the_whole_model_does(variant, scored):
     model, tokenizer = make_models(**variant)
     model.know_codes(tokenizer.codebook.codes, tokenizer.estimates)
-    v, tokens, scored = VOCABULARY, (1, 8, 3, 3, 19), VOCABULARY.eos + 1
+    v, tokens = VOCABULARY, (1, 8, 3, 3, 19)
     row = pack([[[TextSegment((v.bos, 3, 4, 5))]]], 4, v, 4)
     slow = by_run(model, Cache(model, row, len(tokens)), row, scored)
     cache = Cache(model, row, len(tokens))

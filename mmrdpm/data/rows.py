@@ -151,15 +151,14 @@ class Lanes:
         workers = min(self.plan.workers, len(self.lanes))
         if self._parts is None:
             self._parts = self._read(workers)
+        parts = [next(self._parts) for _ in range(max(1, workers))]
+        skipped = [one for part in parts for one in part.skipped()]
+        if fault := next((part.fault for part in parts if part.fault), None):
+            self.skipped_log.add(skipped)
+            raise self.skipped_log.named(fault) if isinstance(fault, AllBroken) else fault
         rows: dict[int, list[Draft]] = {}
-        skipped: list[Skipped] = []
-        for _ in range(max(1, workers)):
-            part = next(self._parts)
-            skipped += [one for filled in part.filled for one in filled.skipped]
-            if part.fault:
-                raise self._told(part.fault, skipped)
-            for filled in part.filled:
-                rows[filled.lane], self._states[filled.lane] = filled.row, filled.state
+        for filled in (filled for part in parts for filled in part.filled):
+            rows[filled.lane], self._states[filled.lane] = filled.row, filled.state
         if skipped:
             self.skipped_log.add(skipped)  # first, as it says what stops the run
             try:
@@ -167,14 +166,6 @@ class Lanes:
             except DataError as error:
                 raise self.skipped_log.named(error) from None
         return [rows[lane] for lane in self.lanes]
-
-    def _told(self, fault: MmrdpmError, skipped: Sequence[Skipped]) -> MmrdpmError:
-        """Why there are no rows, after what was left out in the batch until then was listed."""
-        if isinstance(fault, AllBroken):
-            self.skipped_log.add([*skipped, *fault.skipped])
-            return self.skipped_log.named(fault)
-        self.skipped_log.add(skipped)
-        return fault
 
     def _check_broken(self, last: Sequence[Skipped]) -> None:
         """Over all lanes, as each one alone sees too few records."""
@@ -217,7 +208,7 @@ class Lanes:
             reader,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # meant for lists of samples
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else starting workers would draw from the global one
         )
@@ -240,6 +231,11 @@ class _Part:
 
     filled: list[_Filled]
     fault: MmrdpmError | None = None
+
+    def skipped(self) -> list[Skipped]:
+        """What was left out, before the fault too."""
+        before = self.fault.skipped if isinstance(self.fault, AllBroken) else ()
+        return [*(one for filled in self.filled for one in filled.skipped), *before]
 
 
 class _Reader(IterableDataset):
@@ -288,7 +284,7 @@ def _fill(number: int, lane: Lane) -> _Filled:
     return _Filled(number, row, skipped, lane.state())
 
 
-def _as_it_is(part: Any) -> Any:
+def _as_it_is(part: _Part) -> _Part:
     return part
 
 

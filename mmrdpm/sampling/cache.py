@@ -54,11 +54,12 @@ class Cache:
         return sdpa.masked(q, self._keys[layer, :, :end], self._values[layer, :, :end], bias)
 
     def kept(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the one row of a layer, `[K + room, G, D]`, to be read and added to.
+        """Keys and values of a layer, `[K + room, G, D]`, where there is one row, unpadded.
 
-        Whoever adds some raises `length`.
+        Whoever adds some to them raises `length`.
         """
-        return self._keys[layer].squeeze(0), self._values[layer].squeeze(0)
+        (keys,), (values,) = self._keys[layer], self._values[layer]
+        return keys, values
 
     def _put(self, layer: int, k: Tensor, v: Tensor) -> int:
         """Keeps what a block brings behind the context; gives the place after it."""

@@ -65,10 +65,10 @@ class Writer:
                 zip(cast(Sequence[Attention], model.attentions), feed_forwards, strict=True)
             )
         ]
-        by = table if config.tied else model.unembedding.weight
-        rows = math.ceil(scored / _PARTS) * _PARTS
-        self._scores = table.new_empty(rows)
-        self._score = _FromNorm(next(norms), by[:rows], x, self._scores)
+        unembedding = table if config.tied else model.unembedding.weight
+        by = unembedding[: math.ceil(scored / _PARTS) * _PARTS]
+        self._scores = table.new_empty(len(by))
+        self._score = _FromNorm(next(norms), by, x, self._scores)
         self._scored = scored
 
     def follow(self, token: int) -> Tensor:
