@@ -1,7 +1,6 @@
 """Records become documents, documents become rows: hand-worked cases and what must always hold."""
 
 import io
-import json
 from collections import Counter
 from itertools import count, islice
 
@@ -12,14 +11,13 @@ from PIL import Image
 
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.data.documents import Draft, Drafter, ImageDraft
-from mmrdpm.data.faults import SkippedLog, check_broken
+from mmrdpm.data.faults import check_broken
 from mmrdpm.data.loader import Loader
 from mmrdpm.data.mixture import Item, Mixture
 from mmrdpm.data.packing import Lane
 from mmrdpm.data.pictures import MAX_PIXELS
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.records import Broken, Indexed, Interleaved, Pair, Text
-from mmrdpm.data.rows import Lanes
 from mmrdpm.errors import DataError, RecipeError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.vocabulary import Vocabulary
@@ -312,36 +310,6 @@ def test_a_stream_without_a_whole_record_lists_them_and_stops_the_run(parts, wor
     with pytest.raises(DataError, match=r"500 records in a row are .*listed in .*skipped\.jsonl$"):
         loader.batch()
     assert len(log.read_text().splitlines()) == 500
-
-
-class OneLaneEnds:
-    """One lane leaves out a record before its first row, of the other all are broken."""
-
-    def __init__(self, ends):
-        self.ends = ends
-
-    def describe(self):
-        return ""
-
-    def fingerprints(self):
-        return {}
-
-    def documents(self, lane, lanes, place):
-        for number in count():
-            whole = lane != self.ends and number
-            draft = Draft(((1, 2, 3),)) if whole else Broken(f"{lane}-{number}", "empty text")
-            yield Item(number, "t", draft)
-
-
-@pytest.mark.parametrize(("workers", "ends"), [(0, 1), (2, 1), (2, 0)])
-def test_a_batch_that_stops_a_run_lists_what_its_lanes_left_out(workers, ends, tmp_path):
-    log = SkippedLog(tmp_path / "skipped.jsonl")
-    plan = DataPlan(rows=2, seq_len=16, workers=workers)
-    rows = Lanes(OneLaneEnds(ends), plan, (2, 2), 0, 1, log)
-    with pytest.raises(DataError, match=r"500 records in a row are broken.*; all are listed in"):
-        rows.next()
-    found = [json.loads(line)["key"] for line in log.path.read_text().splitlines()]
-    assert sorted(found) == sorted([f"{1 - ends}-0", *(f"{ends}-{n}" for n in range(500))])
 
 
 def test_a_small_source_that_is_broken_stops_the_run(parts, tmp_path):

@@ -1,6 +1,7 @@
 """Faults in other people's files: each is told in a line that says how to mend it."""
 
 import io
+import itertools
 import json
 import re
 import tarfile
@@ -16,11 +17,16 @@ from mmrdpm import recipe, text_tokenizer
 from mmrdpm.cli import main
 from mmrdpm.data import lines
 from mmrdpm.data.cache import CacheWriter
+from mmrdpm.data.documents import Draft
+from mmrdpm.data.faults import SkippedLog
 from mmrdpm.data.images import ImagePlan, open_images
 from mmrdpm.data.inspect import inspect
 from mmrdpm.data.loader import Loader
+from mmrdpm.data.mixture import Item
 from mmrdpm.data.pictures import PictureError, open_picture
 from mmrdpm.data.plan import DataPlan
+from mmrdpm.data.records import Broken
+from mmrdpm.data.rows import Lanes
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.data.sources.cached import shard_path
 from mmrdpm.data.sources.webdataset import Shards
@@ -361,3 +367,33 @@ def test_the_batch_with_which_broken_pictures_are_too_many_is_listed(tmp_path):
     with pytest.raises(DataError, match=r"records are broken.*; all are listed in .*skipped$"):
         images.images(64, torch.Generator())
     assert len(log.read_text().splitlines()) == images.figures()["data/skipped"] > 50
+
+
+class OneLaneEnds:
+    """One lane leaves out a record before its first row, of the other all are broken."""
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def describe(self):
+        return ""
+
+    def fingerprints(self):
+        return {}
+
+    def documents(self, lane, lanes, place):
+        for number in itertools.count():
+            whole = lane != self.ends and number
+            draft = Draft(((1, 2, 3),)) if whole else Broken(f"{lane}-{number}", "empty text")
+            yield Item(number, "t", draft)
+
+
+@pytest.mark.parametrize(("workers", "ends"), [(0, 1), (2, 1), (2, 0)])
+def test_a_batch_that_stops_a_run_lists_what_its_lanes_left_out(workers, ends, tmp_path):
+    log = SkippedLog(tmp_path / "skipped.jsonl")
+    plan = DataPlan(rows=2, seq_len=16, workers=workers)
+    rows = Lanes(OneLaneEnds(ends), plan, (2, 2), 0, 1, log)
+    with pytest.raises(DataError, match=r"500 records in a row are broken.*; all are listed in"):
+        rows.next()
+    found = [json.loads(line)["key"] for line in log.path.read_text().splitlines()]
+    assert sorted(found) == sorted([f"{1 - ends}-0", *(f"{ends}-{n}" for n in range(500))])
