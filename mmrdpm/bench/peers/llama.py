@@ -14,23 +14,25 @@ from mmrdpm.sampling.choose import Choice, choose
 
 
 class LlamaPeer(Peer):
-    """A table of text ids, one special id, the image codes and a mask; the stack; a head on codes.
+    """A table of text ids, a special one and `inputs` of the image; the stack; a head on codes.
 
     Captions stand on the left, padded there: rotary positions are relative, so padding changes
     nothing. Every image position also has a learned embedding of its place.
+
+    Args:
+        inputs: how many ids of the image the table has; `code_offset` is the first.
     """
 
     stack = ("llama.layers.",)
 
-    def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
+    def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes, inputs: int) -> None:
         super().__init__()
         self.codes = codes
         self.tokens = sum(codes.lengths)
         size = codes.codebook.size
         self.first, self.code_offset = text_size, text_size + 1
-        self.mask_id = self.code_offset + size
         config = LlamaConfig(
-            vocab_size=self.mask_id + 1,
+            vocab_size=self.code_offset + inputs,
             hidden_size=shape.width,
             intermediate_size=shape.ffn,
             num_hidden_layers=shape.layers,

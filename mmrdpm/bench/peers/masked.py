@@ -24,7 +24,7 @@ class Masked(LlamaPeer):
     """All codes of a picture at once, step by step fewer masked."""
 
     def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
-        super().__init__(shape, text_size, codes)
+        super().__init__(shape, text_size, codes, inputs=codes.codebook.size + 1)
         self.steps = shape.steps
 
     def logits(self, captions: Sequence[Caption], codes: Tensor) -> Tensor:

@@ -156,8 +156,8 @@ class PeerBench:
     flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, steps=(50, 10)))
     masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592, steps=(10,)))
     raster: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592))
-    transfusion: Shape = field(default_factory=lambda: Shape(5, 160, 4, 376, steps=(50, 10)))
-    scales: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592))
+    transfusion: Shape = field(default_factory=lambda: Shape(5, 160, 4, 656, steps=(50, 10)))
+    scales: Shape = field(default_factory=lambda: Shape(6, 256, 4, 704))
     kind: Literal["peers"] = "peers"
 
 

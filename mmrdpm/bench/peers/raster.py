@@ -22,7 +22,7 @@ class Raster(LlamaPeer):
     """One forward pass per code."""
 
     def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
-        super().__init__(shape, text_size, codes)
+        super().__init__(shape, text_size, codes, inputs=codes.codebook.size)
         self.steps = (self.tokens,)
 
     def row(self, codes: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ class Scales(LlamaPeer):
     blocks: Tensor
 
     def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
-        super().__init__(shape, text_size, codes)
+        super().__init__(shape, text_size, codes, inputs=0)  # it reads latents
         self.steps = (len(codes.sides),)
         self.from_latents = nn.Linear(codes.codebook.codes.shape[-1], shape.width, bias=False)
         lengths = torch.tensor(codes.lengths)

@@ -47,6 +47,7 @@ class Transfusion(Peer):
             text_loss_weight=0.0,
             prob_uncond=0.0,  # the batch has dropped captions already
         )
+        self.library.to_text_logits.requires_grad_(False)  # no loss reaches it: not a parameter
 
     def loss(self, batch: Batch) -> Tensor:
         latents = batch.latents.to(self.device)
