@@ -5,13 +5,14 @@
 
 The pictures, their judge and the start noise are those of recipes/peers/emoji.yaml, whose keys can
 be overridden: what ours can reach with a tokeniser, or a peer, were its codes drawn without an
-error. Prints a JSON line each.
+error. Prints a JSON line each. A tokeniser in a folder of a peer's name is written ./raster.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,9 @@ from mmrdpm import machine, recipe, shipped
 from mmrdpm.bench.peers import peers
 from mmrdpm.bench.peers.protocol import PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
+from mmrdpm.cli.common import status_of
 from mmrdpm.data.pictures import to_tensor
+from mmrdpm.evaluation.drawn import emoji_judge
 from mmrdpm.metrics.reconstruction import psnr
 
 PEERS = ("raster", "scales")  # masked tokens are those of raster
@@ -31,12 +34,13 @@ PEERS = ("raster", "scales")  # masked tokens are those of raster
 @torch.no_grad()
 def main(names: list[str], overrides: list[str]) -> None:
     path = shipped.resolve("recipes", "peers/emoji")
+    judge = emoji_judge()
     for name in names:
         image = [] if name in PEERS else [f"tokenizers.image={name}"]
         loaded = recipe.load(PeerBench, path, [*overrides, *image])
         machine.prepare(loaded.equal.threads)
         scene = Scene(loaded)
-        quality, images = Quality(scene, loaded.judging), scene.images
+        quality, images = Quality(scene, loaded.judging, judge), scene.images
         images.noise_pool = loaded.ours.noise_pool
         chosen = quality.group.indices
         latents = scene.latents[chosen]
@@ -59,5 +63,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("given", nargs="+", metavar="TOKENIZER|PEER|key=value")
     given = parser.parse_args().given
-    tokenizers = [word for word in given if "=" not in word]
-    main(tokenizers or parser.error("name a tokeniser or a peer"), [w for w in given if "=" in w])
+    names = [word for word in given if "=" not in word] or parser.error("name one of them")
+    overrides = [word for word in given if "=" in word]
+    sys.exit(status_of(lambda: main(names, overrides)))

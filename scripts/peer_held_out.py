@@ -12,44 +12,40 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from mmrdpm import checkpoint, machine, recipe, weights
-from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER
-from mmrdpm.bench.peers.protocol import PeerBench, Scene
+from mmrdpm import machine
+from mmrdpm.bench.peers.protocol import Scene
 from mmrdpm.bench.peers.quality import Quality
+from mmrdpm.bench.peers.run import recipe_of
 from mmrdpm.bench.peers.trainer import Trainer
+from mmrdpm.cli.common import status_of
+from mmrdpm.evaluation.drawn import emoji_judge
 from mmrdpm.evaluation.suite import GROUPS
-from mmrdpm.model_recipe import Tokenizers
 
 AT_ONCE = 50  # pictures
 
 
 @torch.no_grad()
 def main(out: Path, names: list[str], overrides: list[str]) -> None:
-    loaded = recipe.load(PeerBench, out / checkpoint.RECIPE_FILE, overrides)
+    loaded = recipe_of(out, overrides)
     machine.prepare(loaded.equal.threads)
-    own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
-    loaded = replace(loaded, tokenizers=own)
-    scene, judging = Scene(loaded), loaded.judging
-    judges = {split: Quality(scene, judging, group) for group, split in GROUPS.items()}
+    scene, judging, judge = Scene(loaded), loaded.judging, emoji_judge()
+    groups = {split: Quality(scene, judging, judge, group) for group, split in GROUPS.items()}
     for name in names:
-        trainer = Trainer(name, loaded, scene, out, lr=0.0, steps=1)
-        latest = checkpoint.newest(out / name / "run")
-        if latest is None:
-            raise SystemExit(f"{out / name}: not trained")
-        weights.load_into(trainer.peer, latest)
-        for (split, quality), how in product(judges.items(), trainer.peer.ways(judging)):
+        peer = Trainer.trained(name, loaded, scene, out).peer
+        for (split, quality), how in product(groups.items(), peer.ways(judging)):
             captions = [scene.captions[i] for i in quality.group.indices]
             torch.manual_seed(judging.seed)
             pictures: list[Image.Image] = []
             for start in range(0, len(captions), AT_ONCE):
-                latents = trainer.peer.draw(captions[start : start + AT_ONCE], how)
+                latents = peer.draw(captions[start : start + AT_ONCE], how)
                 pictures += scene.decode(latents)
             line = {"peer": name, "split": split, "count": len(captions), **asdict(how)}
             print(json.dumps({**line, **asdict(quality(pictures))}), flush=True)
@@ -61,4 +57,6 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="+", metavar="PEER|key=value")
     given = parser.parse_args()
     peers = [word for word in given.names if "=" not in word]
-    main(given.out, peers or parser.error("name a peer"), [w for w in given.names if "=" in w])
+    peers = peers or parser.error("name a peer")
+    overrides = [word for word in given.names if "=" in word]
+    sys.exit(status_of(lambda: main(given.out, peers, overrides)))

@@ -90,7 +90,7 @@ def test_figures_have_the_protocol_of_an_evaluation(
     expected = {k: v for f in figures if f.name.startswith("drawn") for k, v in f.protocol.items()}
     own = {"top", "noise", *asdict(evaluation.model.sampling)}
     scene = SimpleNamespace(data=load_emoji(16))
-    quality = Quality(scene, Judging(concepts=3), group)
+    quality = Quality(scene, Judging(concepts=3), drawn.emoji_judge(), group)
     assert {k: v for k, v in quality.protocol.items() if k != "noise"} == {
         k: v for k, v in expected.items() if k not in own
     }

@@ -9,15 +9,11 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from mmrdpm.cli import benchmarks, data, evaluating, scale, sweeping, training, use
-from mmrdpm.cli.common import INTERRUPTED, command
-from mmrdpm.errors import MmrdpmError
+from mmrdpm.cli.common import command, status_of
 from mmrdpm.quickstart import quickstart
 
 _MOST_THREADS = 1024  # as of the recipes' train.threads
-_FULL = "DefaultCPUAllocator"  # that torch's RuntimeError names where main memory is full
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,32 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--threads {options.threads}: it must be at most {_MOST_THREADS}")
     if overrides:  # argparse does not take positional arguments after options
         options.overrides = [*options.overrides, *overrides]
-    try:
-        return options.command(options) or 0
-    except MmrdpmError as error:
-        print(f"mmrdpm: error: {error}", file=sys.stderr)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"mmrdpm: error: {place}{error.strerror or error}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(
-            f"mmrdpm: error: the GPU's memory is full ({str(error).splitlines()[0][:160]}): lower"
-            " train.micro_batch_size or set train.recompute=true (mmrdpm plan looks ahead), or draw"
-            " and measure less at once",
-            file=sys.stderr,
-        )
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or _FULL in str(error)):
-            raise
-        why = str(error).partition(f"{_FULL}: ")[2] or str(error) or "no more is to be had"
-        print(
-            f"mmrdpm: error: main memory is full ({why.splitlines()[0][:160]}): lower the sizes or"
-            " numbers that the command was given, such as model.width (mmrdpm plan looks ahead)",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 1
+    return status_of(lambda: options.command(options))
 
 
 def quickstart_command(options: argparse.Namespace) -> None:

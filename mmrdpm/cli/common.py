@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mmrdpm import api, recipe, shipped
 from mmrdpm.errors import MmrdpmError, RecipeError
@@ -14,6 +17,37 @@ Commands = Any
 """What `ArgumentParser.add_subparsers` gives."""
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+_FULL = "DefaultCPUAllocator"  # that torch's RuntimeError names where main memory is full
+
+
+def status_of(work: Callable[[], int | None]) -> int:
+    """Does the work of a program; gives the exit status, a user's mistake is one line on stderr."""
+    try:
+        return work() or 0
+    except MmrdpmError as error:
+        print(f"mmrdpm: error: {error}", file=sys.stderr)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"mmrdpm: error: {place}{error.strerror or error}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"mmrdpm: error: the GPU's memory is full ({str(error).splitlines()[0][:160]}): lower"
+            " train.micro_batch_size or set train.recompute=true (mmrdpm plan looks ahead), or draw"
+            " and measure less at once",
+            file=sys.stderr,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _FULL in str(error)):
+            raise
+        why = str(error).partition(f"{_FULL}: ")[2] or str(error) or "no more is to be had"
+        print(
+            f"mmrdpm: error: main memory is full ({why.splitlines()[0][:160]}): lower the sizes or"
+            " numbers that the command was given, such as model.width (mmrdpm plan looks ahead)",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 1
 
 
 def command(of: Commands, function: Callable[..., Any], name: str) -> argparse.ArgumentParser:

@@ -34,13 +34,12 @@ class Quality:
     Attributes:
         group: those emoji, and their true pictures.
         protocol: of all figures, by the keys that `mmrdpm eval` has.
-
-    Raises:
-        DataError: the extra `eval` is not installed.
     """
 
-    def __init__(self, scene: Scene, plan: Judging, group: str = TRAINING) -> None:
-        self.judge = drawn.emoji_judge()
+    def __init__(
+        self, scene: Scene, plan: Judging, judge: drawn.Judge, group: str = TRAINING
+    ) -> None:
+        self.judge = judge
         self.group = choose_group(scene.data, group, plan.concepts, plan.seed)
         real, features = self.group.pictures, self.judge.features
         self.protocol: Protocol = {

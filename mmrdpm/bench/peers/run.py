@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 
-from mmrdpm import checkpoint, machine, weights
+from mmrdpm import checkpoint, machine
+from mmrdpm import recipe as recipe_file
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES
 from mmrdpm.bench.peers import measure, report
 from mmrdpm.bench.peers.peers import MAKERS, NotRunnable, make, parameters
 from mmrdpm.bench.peers.protocol import How, PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
-from mmrdpm.bench.peers.trainer import Diverged, Trainer, fit
+from mmrdpm.bench.peers.trainer import Diverged, NotTrained, Trainer, fit
 from mmrdpm.data.pictures import contact_sheet, to_tensor
 from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.evaluation.drawn import emoji_judge
 from mmrdpm.metrics.reconstruction import psnr
 from mmrdpm.model_recipe import Tokenizers
 from mmrdpm.monitor import Monitor
@@ -69,12 +71,11 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     checkpoint.record(out, recipe, sources)
     wanted = [name for name in MAKERS if name in (names or MAKERS)]
     todo = [name for name in wanted if not _is_done(out, name)]
-    own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
     done = {name for name in MAKERS if name not in todo and _is_done(out, name)}
     if todo or done - _timed(out):
         say("reading the emoji and their features")
-        scene = Scene(replace(recipe, tokenizers=own))
-        quality = Quality(scene, recipe.judging)
+        scene = Scene(_with_its_own(recipe, out))
+        quality = Quality(scene, recipe.judging, emoji_judge())
     for name in todo:  # a shape that does not do should show before hours are spent
         with suppress(NotRunnable):
             make(name, recipe, scene, out)
@@ -96,6 +97,16 @@ def bench(recipe: PeerBench, out: Path, names: Sequence[str], say: Callable[[str
     return finished
 
 
+def recipe_of(out: Path, overrides: Sequence[str] = ()) -> PeerBench:
+    """The recipe of a folder that `bench` has begun, with the tokenizers that it keeps."""
+    return _with_its_own(recipe_file.load(PeerBench, out / checkpoint.RECIPE_FILE, overrides), out)
+
+
+def _with_its_own(recipe: PeerBench, out: Path) -> PeerBench:
+    own = Tokenizers(str(out / IMAGE_TOKENIZER), str(out / TEXT_TOKENIZER))
+    return replace(recipe, tokenizers=own)
+
+
 def _is_done(out: Path, name: str) -> bool:
     return "curve" in read(out / name / RESULTS_FILE)
 
@@ -112,17 +123,10 @@ def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> dict[
     the reasons of those that could not be timed.
     """
     trainers, missing = {}, {}
-    for name in MAKERS:
-        latest = checkpoint.newest(out / name / "run")
-        if not _is_done(out, name):
-            continue
-        if latest is None:
-            missing[name] = "its weights are gone"
-            continue
+    for name in (name for name in MAKERS if _is_done(out, name)):
         try:
-            trainers[name] = Trainer(name, recipe, scene, out, lr=0.0, steps=1)
-            weights.load_into(trainers[name].peer, latest)
-        except NotRunnable as error:
+            trainers[name] = Trainer.trained(name, recipe, scene, out)
+        except (NotRunnable, NotTrained) as error:
             missing[name] = str(error)
     if not trainers:
         return missing

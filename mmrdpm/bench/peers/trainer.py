@@ -27,6 +27,10 @@ class Diverged(UsageError):
     """A learning rate was too high."""
 
 
+class NotTrained(UsageError):
+    """A folder holds no weights of a peer."""
+
+
 class Trainer:
     """The state of a run.
 
@@ -48,6 +52,21 @@ class Trainer:
         torch.manual_seed(recipe.equal.seed)
         self.peer: Peer = make(name, recipe, scene, codes).to(self.device)
         self.optimizers = Optimizers(self.peer, recipe.optimizer, self.dtype, self.peer.stack)
+
+    @classmethod
+    def trained(cls, name: str, recipe: PeerBench, scene: Scene, out: Path) -> Trainer:
+        """A peer with the newest weights of a folder of `mmrdpm bench peers`, to draw or be timed.
+
+        Raises:
+            NotTrained: the folder has none.
+            NotRunnable: the peer's library is not installed, or does not load.
+        """
+        latest = checkpoint.newest(out / name / "run")
+        if latest is None:
+            raise NotTrained(f"{out / name / 'run'}: {name} has no weights here")
+        trainer = cls(name, recipe, scene, out, lr=0.0, steps=1)
+        weights.load_into(trainer.peer, latest)
+        return trainer
 
     @property
     def shape(self) -> Shape:
