@@ -1,6 +1,7 @@
 # ruff: noqa: E402 (what needs the extra is imported after it was looked for)
 """What several peers share: their recipe, residual codes, captions as they see them, plots."""
 
+import itertools
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from mmrdpm.bench.peers.llama import prefix_mask
 from mmrdpm.bench.peers.protocol import Judging, PeerBench, Scene, left_padded
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.data.emoji import load_emoji
-from mmrdpm.document import NO_TARGET
+from mmrdpm.document import NO_TARGET, TextSegment, length
 from mmrdpm.evaluation import drawn, emoji
 from mmrdpm.evaluation.store import Store
 from mmrdpm.evaluation.suite import EmojiSuite
@@ -76,6 +77,32 @@ def test_ours_learns_so_many_timesteps_of_a_picture(monkeypatch):
         timesteps = learned[-1].timesteps[learned[-1].targets != NO_TARGET]
         of_a_picture, positions = min(steps, scene.images.num_timesteps), 4 * 4
         assert len(timesteps) == 3 * of_a_picture * positions and timesteps.min() >= 1
+
+
+def test_ours_in_rows_of_several_pictures_learns_what_it_learns_one_by_one(monkeypatch):
+    loaded = recipe.load(PeerBench, shipped.resolve("recipes", "peers/smoke"))
+    scene = Scene(loaded)
+    batch = scene.batch(seed=0, step=0, size=21)
+    peer = ours.Ours(loaded.ours, scene)
+
+    def learned():
+        peer.zero_grad()
+        torch.manual_seed(0)
+        total = peer.loss(batch)
+        total.backward()
+        return total, peer.transformer.table.weight.grad.clone()
+
+    together = learned()
+    monkeypatch.setattr(ours, "_A_ROW", 1)
+    torch.testing.assert_close(together, learned(), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_about_alike():
+    lengths = [5, 9, 9, 30, 7, 6, 8, 9, 12, 5, 7]
+    documents = [[TextSegment((1,) * count)] for count in lengths]
+    rows = ours.balanced(documents)
+    assert sorted(map(id, itertools.chain(*rows))) == sorted(map(id, documents))
+    assert sorted(sum(map(length, row)) for row in rows) == [51, 56]
 
 
 def test_figures_have_the_protocol_of_an_evaluation(

@@ -18,9 +18,11 @@ from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.transformer import TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
+_A_ROW = 8  # documents, about
+
 
 class Ours(Peer):
-    """The transformer of `mmrdpm train`, one document a row; the text has no loss.
+    """The transformer of `mmrdpm train`, some documents a row as there; the text has no loss.
 
     As in the shipped recipe, codes are scored by their vectors too (`model.code_geometry`) and
     timesteps drawn by the path's way (`data.timesteps`).
@@ -70,9 +72,8 @@ class Ours(Peer):
             segment = ImageSegment(codes, path, timesteps, residuals=near)
             prompt = (self.vocabulary.bos, *caption, self.vocabulary.image_start)
             documents.append([TextSegment(prompt), segment])
-        longest = max(length(document) for document in documents)
-        rank = len(self.images.grid)
-        rows = [[document] for document in documents]
+        rows = balanced(documents)
+        longest, rank = max(map(_tokens, rows)), len(self.images.grid)
         packed = pack(rows, longest, self.vocabulary, self.images.latent_channels, rank)
         text = packed.timesteps < 0
         packed = replace(packed, targets=packed.targets.masked_fill(text, NO_TARGET))
@@ -88,3 +89,15 @@ class Ours(Peer):
     def reconstruct(self, latents: Tensor) -> Tensor:
         _, states = self.images.encode_latents(latents, range(len(latents)))
         return states[0]
+
+
+def balanced(documents: Sequence[Document]) -> list[list[Document]]:
+    """Rows of about as many tokens each: the longest document first, into the emptiest row."""
+    rows: list[list[Document]] = [[] for _ in range(-(-len(documents) // _A_ROW))]
+    for document in sorted(documents, key=length, reverse=True):
+        min(rows, key=_tokens).append(document)
+    return rows
+
+
+def _tokens(row: Sequence[Document]) -> int:
+    return sum(map(length, row))
