@@ -56,6 +56,7 @@ def test_scripts_judge_as_the_command_does(recipe, tmp_path, monkeypatch, capsys
 
     own = [f"tokenizers.{kind}={out / 'tokenizers' / kind}" for kind in ("image", "text")]
     few = ["judging.concepts=5", "equal.threads=1", "equal.levels=2", "equal.tolerance=9"]
+    few += ["ours.noise_pool=1"]  # as in the recipe above
     tokenizer = out / "tokenizers" / "image"
     assert _status(monkeypatch, "peer_ceilings", tokenizer, "scales", *own, *few) == 0
     ours, scales = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
