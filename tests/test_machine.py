@@ -11,8 +11,9 @@ import torch
 from mmrdpm import machine
 
 _INTERRUPTED = """
-import os, time, torch
+import os, signal, time, torch
 from mmrdpm import machine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
 torch.set_num_threads(2)
 begun, done = [], []
 def work(thing):
