@@ -2,8 +2,8 @@
 
     python scripts/peer_variety.py runs/peers-emoji ours [scales ...]
 
-Draws 100 of the judged concepts with four seeds each by the last checkpoint, with the guidance
-scale and temperature that named most, and prints the mean distance of two seeds' features beside
+Draws 100 of the judged concepts with four seeds each by the last checkpoint, at the first of
+its numbers of steps, with the guidance scale and temperature that named most, and prints the mean distance of two seeds' features beside
 that of the true pictures of two different concepts.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from mmrdpm import machine
+from mmrdpm.bench.peers import report
 from mmrdpm.bench.peers.protocol import How, Scene
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.run import read, recipe_of
@@ -36,7 +37,8 @@ def main(out: Path, names: list[str]) -> None:
     print(f"two concepts' true pictures: {others.value:.3f}")
     for name in names:
         peer = Trainer.trained(name, loaded, scene, out).peer
-        best = max(read(out / name / "curve.json")["points"][-1]["drawn"], key=lambda d: d["top10"])
+        last = read(out / name / "curve.json")["points"][-1]
+        best = report.best(last, peer.steps[0])
         how = How(best["steps"], best["guidance_scale"], best["temperature"])
         captions = [scene.captions[i] for i in quality.group.indices[:CONCEPTS]]
         torch.manual_seed(loaded.judging.seed)

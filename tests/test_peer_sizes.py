@@ -23,4 +23,4 @@ def test_the_peers_of_the_shipped_recipe_are_as_large_as_ours(monkeypatch, tmp_p
     scene = Scene(loaded)
     for name in MAKERS:
         make(name, loaded, scene, tmp_path)  # refuses another size
-        assert getattr(PeerBench(), name).ffn == getattr(loaded, name).ffn
+        assert getattr(PeerBench(), name) == getattr(loaded, name)

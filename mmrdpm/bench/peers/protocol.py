@@ -37,7 +37,7 @@ class Shape:
     Attributes:
         ffn: hidden width of the feed-forward.
         batch_size: pictures per update.
-        lrs: learning rates that the search tries.
+        lrs: learning rates; of several a search takes one.
         steps: network evaluations per picture (guidance counted as one), one entry per way of
             sampling that is measured; empty where the method fixes them.
         noise_pool: of ours alone, see `TransformerConfig`.
@@ -48,7 +48,7 @@ class Shape:
     heads: int = field(metadata={"min": 1})
     ffn: int = field(metadata={"min": 8})
     batch_size: int = field(default=32, metadata={"min": 1})
-    lrs: tuple[float, ...] = (3e-3, 1e-2)
+    lrs: tuple[float, ...] = (3e-3,)
     steps: tuple[int, ...] = ()
     noise_pool: int = field(default=0, metadata={"min": 0})
 
@@ -152,11 +152,19 @@ class PeerBench:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     judging: Judging = field(default_factory=Judging)
-    ours: OurShape = field(default_factory=lambda: OurShape(6, 256, 4, 704))
-    flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, steps=(50, 10)))
+    ours: OurShape = field(
+        default_factory=lambda: OurShape(
+            *(6, 256, 4, 704, 64),
+            steps_per_image=1,
+            preconditioning=True,
+            places=True,
+            soft_labels=2.0,
+        )
+    )
+    flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, 64, steps=(50, 10)))
     masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592, steps=(10,)))
     raster: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592))
-    transfusion: Shape = field(default_factory=lambda: Shape(5, 160, 4, 656, steps=(50, 10)))
+    transfusion: Shape = field(default_factory=lambda: Shape(5, 160, 4, 656, 64, steps=(50, 10)))
     scales: Shape = field(default_factory=lambda: Shape(6, 256, 4, 704))
     kind: Literal["peers"] = "peers"
 

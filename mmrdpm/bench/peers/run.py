@@ -1,4 +1,6 @@
-"""Runs the peers one after the other: count, search, train and judge, time; all of it resumable.
+"""Runs the peers one by one: count, search where there are several rates, train and judge, time.
+
+All of it can be resumed.
 
 OUT/recipe.yaml, tokenizers  the resolved recipe, and the tokenizers that it named at the beginning
 OUT/NAME/plan.json           FLOPs per update and the learning rates tried
