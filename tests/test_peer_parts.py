@@ -15,9 +15,9 @@ import mmrdpm
 from mmrdpm import recipe, shipped
 from mmrdpm.bench.peers import ours, report
 from mmrdpm.bench.peers.codes import ResidualCodes
-from mmrdpm.bench.peers.llama import prefix_mask
 from mmrdpm.bench.peers.protocol import Judging, PeerBench, Scene, left_padded
 from mmrdpm.bench.peers.quality import Quality
+from mmrdpm.bench.peers.qwen import prefix_mask
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.document import NO_TARGET, TextSegment, length
 from mmrdpm.evaluation import drawn, emoji

@@ -19,9 +19,9 @@ for package in ("diffusers", "transformers", "transfusion_pytorch", "matplotlib"
 
 from mmrdpm.bench.peers import peers as registry
 from mmrdpm.bench.peers import report, run
-from mmrdpm.bench.peers.llama import prefix_mask
 from mmrdpm.bench.peers.peers import MAKERS, make
 from mmrdpm.bench.peers.protocol import Batch, How, PeerBench, Scene, guided
+from mmrdpm.bench.peers.qwen import prefix_mask
 from mmrdpm.bench.peers.trainer import Diverged, Trainer, fit
 
 TINY = {"layers": 2, "width": 32, "heads": 2, "ffn": 48, "batch_size": 4, "lrs": [0.01]}
@@ -42,6 +42,7 @@ def mapping(tiny_tokenizers):
         "flow": {**TINY, "ffn": 128, "steps": [3, 2]},
         "masked": {**TINY, "steps": [3]},
         "transfusion": {**TINY, "steps": [2]},
+        "causal_flow": {**TINY, "steps": [2]},
     }
 
 
@@ -74,11 +75,14 @@ def build(tiny, scene, tmp_path_factory):
 def test_the_flow_of_a_caption_leaves_out_what_all_captions_share(build):
     peer = build("flow")
     states = torch.randn(1, *peer.grid).expand(3, -1, -1, -1)
-    given = states, torch.full((3,), 0.5), [(5,), (7,), ()]
-    before = peer.velocity(*given)
+
+    def velocity():
+        return peer.velocity(states, torch.full((3,), 0.5), peer.condition([(5,), (7,), ()]))
+
+    before = velocity()
     assert all((a - b).abs().max() > 1e-3 for a, b in combinations(before, 2))
     peer.table.weight[peer.first] *= -3
-    after = peer.velocity(*given)
+    after = velocity()
     assert torch.equal(after[:2], before[:2]) and not torch.equal(after[2], before[2])
 
 
@@ -90,6 +94,7 @@ def test_the_flow_of_a_caption_leaves_out_what_all_captions_share(build):
         ("masked", 0),
         ("raster", 32),  # the last place is never read
         ("transfusion", 131 * 32 + 64),  # the library's ids of shapes
+        ("causal_flow", 0),
         ("scales", 0),
     ],
 )
@@ -173,16 +178,17 @@ def test_masked_sees_both_ways_and_no_padding(build):
     codes = torch.randint(16, (1, peer.tokens))
     changed = codes.clone()
     changed[0, -1] = (codes[0, -1] + 1) % 16
-    before, after = peer.logits([(5, 6)], codes), peer.logits([(5, 6)], changed)
+    before, after = peer.hidden([(5, 6)], codes), peer.hidden([(5, 6)], changed)
     assert not torch.allclose(before[0, 0], after[0, 0])
-    padded = peer.logits([(5, 6), (1, 2, 3, 4)], codes.repeat(2, 1))
+    padded = peer.hidden([(5, 6), (1, 2, 3, 4)], codes.repeat(2, 1))
     torch.testing.assert_close(padded[:1], before, rtol=1e-4, atol=1e-5)
 
 
-def test_flow_reaches_the_picture_that_a_true_velocity_points_to(build, scene, monkeypatch):
-    peer, truth = build("flow"), scene.latents[:2]
+@pytest.mark.parametrize("name", ["flow", "causal_flow"])
+def test_flow_reaches_the_picture_that_a_true_velocity_points_to(name, build, scene, monkeypatch):
+    peer, truth = build(name), scene.latents[:2]
 
-    def velocity(states, sigma, captions):
+    def velocity(states, sigma, condition):
         target = truth.repeat(len(states) // 2, 1, 1, 1)
         return (states - target) / sigma[:, None, None, None]  # eps - z_0 of a straight path
 

@@ -2,6 +2,7 @@
 
 A random share of the codes is masked, by the cosine schedule, and predicted from the rest and the
 caption, all attending both ways; drawing unmasks the surest ones first, by diffusers' scheduler.
+All levels of a place are one position of the stack, joined before it and taken apart behind it.
 """
 
 from __future__ import annotations
@@ -12,29 +13,34 @@ from typing import Any
 
 import torch
 from diffusers import AmusedScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmrdpm.bench.peers.codes import ResidualCodes
-from mmrdpm.bench.peers.llama import LlamaPeer, with_and_without
-from mmrdpm.bench.peers.protocol import Batch, Caption, How, Shape, guided
+from mmrdpm.bench.peers.protocol import Batch, Caption, How, Shape, guided, with_and_without
+from mmrdpm.bench.peers.qwen import CodePeer
 
 
-class Masked(LlamaPeer):
+class Masked(CodePeer):
     """All codes of a picture at once, step by step fewer masked."""
 
     def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
-        super().__init__(shape, text_size, codes, inputs=codes.codebook.size + 1)
+        super().__init__(shape, text_size, codes, codes.codebook.size + 1, codes.lengths[0])
         self.steps = shape.steps
+        joined = shape.width * len(codes.lengths)
+        self.join = nn.Linear(joined, shape.width, bias=False)
+        self.split = nn.Linear(shape.width, joined, bias=False)
 
-    def logits(self, captions: Sequence[Caption], codes: Tensor) -> Tensor:
-        """Scores `[B, N, K]` for codes `[B, N]`, where K marks a masked one."""
+    def hidden(self, captions: Sequence[Caption], codes: Tensor) -> Tensor:
+        """Vectors `[B, levels * N, width]` for codes `[B, levels * N]`, K marks a masked one."""
         prompt, real = self.prompt(captions)
-        places = self.places(torch.arange(self.tokens, device=codes.device))
-        inputs = torch.cat([prompt, self.table(self.code_offset + codes) + places], dim=1)
-        seen = torch.cat([real, real.new_ones(codes.shape)], dim=1)
+        levels = self.table(self.code_offset + codes).unflatten(1, (-1, self.codes.lengths[0]))
+        image = self.join(levels.transpose(1, 2).flatten(2)) + self.places.weight
+        inputs = torch.cat([prompt, image], dim=1)
+        seen = torch.cat([real, real.new_ones(image.shape[:2])], dim=1)
         mask = seen[:, None, None, :].expand(-1, 1, inputs.shape[1], -1)
-        return self.head(self.run(inputs, mask)[:, prompt.shape[1] :]).float()
+        hidden = self.split(self.run(inputs, mask)[:, prompt.shape[1] :])
+        return hidden.unflatten(2, (len(self.codes.lengths), -1)).transpose(1, 2).flatten(1, 2)
 
     def loss(self, batch: Batch) -> Tensor:
         with self.exact():
@@ -44,8 +50,8 @@ class Masked(LlamaPeer):
         order = torch.rand(codes.shape).argsort(dim=1).argsort(dim=1)
         masked = (order < count).to(codes.device)
         inputs = torch.where(masked, self.codes.codebook.size, codes)
-        logits = self.logits(batch.captions, inputs)
-        return cross_entropy(logits[masked], codes[masked])
+        hidden = self.hidden(batch.captions, inputs)
+        return cross_entropy(self.head(hidden[masked]).float(), codes[masked])
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
         assert how.temperature is not None
@@ -55,6 +61,7 @@ class Masked(LlamaPeer):
         codes = codes.to(self.device)
         both = with_and_without(captions)
         for timestep in scheduler.timesteps:
-            logits = guided(self.logits(both, codes.repeat(2, 1)), how.guidance_scale)
+            logits = self.head(self.hidden(both, codes.repeat(2, 1))).float()
+            logits = guided(logits, how.guidance_scale)
             codes = scheduler.step(logits / how.temperature, timestep, codes).prev_sample
         return self.codes.partial(codes.split(self.codes.lengths, dim=1))

@@ -18,7 +18,8 @@ TITLES = {
     "flow": "flow matching (PixArt)",
     "masked": "masked tokens (MaskGIT)",
     "raster": "raster tokens (LlamaGen)",
-    "transfusion": "Transfusion",
+    "transfusion": "Transfusion (its library)",
+    "causal_flow": "Transfusion (Qwen3)",
     "scales": "next scale (VAR)",
 }
 
@@ -82,6 +83,10 @@ def _transfusion(shape: Shape, scene: Scene, folder: Path) -> Peer:
     return _module("transfusion").Transfusion(shape, scene.texts.size, scene.latent_shape)
 
 
+def _causal_flow(shape: Shape, scene: Scene, folder: Path) -> Peer:
+    return _module("causal_flow").CausalFlow(shape, scene.texts.size, scene.latent_shape)
+
+
 def _raster(shape: Shape, scene: Scene, folder: Path) -> Peer:
     return _module("raster").Raster(shape, scene.texts.size, _flat(scene, folder))
 
@@ -104,9 +109,8 @@ def _flat(scene: Scene, folder: Path) -> ResidualCodes:
 
 
 def _codes(sides: tuple[int, ...] | list[int], scene: Scene, path: Path) -> ResidualCodes:
-    codes = ResidualCodes(
-        sides, scene.images.grid, scene.images.codebook_size, scene.images.latent_channels
-    )
+    size = scene.equal.codebook_size or scene.images.codebook_size
+    codes = ResidualCodes(sides, scene.images.grid, size, scene.images.latent_channels)
     seed = scene.equal.seed
     return fitted(codes, scene.training_latents, seed, path.with_suffix(".safetensors"))
 
@@ -117,5 +121,6 @@ MAKERS: dict[str, Callable[[Shape, Scene, Path], Peer]] = {
     "masked": _masked,
     "raster": _raster,
     "transfusion": _transfusion,
+    "causal_flow": _causal_flow,
     "scales": _scales,
 }

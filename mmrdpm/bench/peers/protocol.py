@@ -131,12 +131,14 @@ class Equal:
         tolerance: how far a peer's number of parameters may be from ours, as a share of it.
         levels: residual codes per place of the peers that draw codes: six leave the error of our
             tokens on `emoji-rdpm-32`.
+        codebook_size: of these peers; 0: as the image tokenizer's.
     """
 
     caption_dropout: float = field(default=0.1, metadata={"min": 0.0, "max": 1.0})
     warmup: float = field(default=0.05, metadata={"min": 0.0, "max": 1.0})
     tolerance: float = field(default=0.05, metadata={"min": 0.0})
     levels: int = field(default=6, metadata={"min": 1})
+    codebook_size: int = field(default=0, metadata={"min": 0})
     precision: Precision = "auto"
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     threads: int = field(default=2, metadata={"min": 1, "max": 1024})
@@ -162,9 +164,10 @@ class PeerBench:
         )
     )
     flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, 64, steps=(50, 10)))
-    masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592, steps=(10,)))
+    masked: Shape = field(default_factory=lambda: Shape(6, 256, 4, 416, steps=(10,)))
     raster: Shape = field(default_factory=lambda: Shape(6, 256, 4, 592))
     transfusion: Shape = field(default_factory=lambda: Shape(5, 160, 4, 656, 64, steps=(50, 10)))
+    causal_flow: Shape = field(default_factory=lambda: Shape(6, 256, 4, 784, 64, steps=(50, 10)))
     scales: Shape = field(default_factory=lambda: Shape(6, 256, 4, 704))
     kind: Literal["peers"] = "peers"
 
@@ -306,6 +309,11 @@ def left_padded(
         ids[row, start:] = torch.tensor((first, *caption))
         real[row, start:] = True
     return ids.to(device), real.to(device)
+
+
+def with_and_without(captions: Sequence[Caption]) -> list[Caption]:
+    """The captions, then as many empty ones: what `guided` takes apart again."""
+    return [*captions, *[()] * len(captions)]
 
 
 def guided(network_output: Tensor, scale: float) -> Tensor:

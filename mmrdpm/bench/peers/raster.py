@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from mmrdpm.bench.peers.codes import ResidualCodes
-from mmrdpm.bench.peers.llama import LlamaPeer, drawn, with_and_without
-from mmrdpm.bench.peers.protocol import Batch, Caption, How, Shape, guided
+from mmrdpm.bench.peers.protocol import Batch, Caption, How, Shape, guided, with_and_without
+from mmrdpm.bench.peers.qwen import CodePeer, drawn
 
 
-class Raster(LlamaPeer):
+class Raster(CodePeer):
     """One forward pass per code."""
 
     def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:

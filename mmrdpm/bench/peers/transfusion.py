@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmrdpm.bench.peers.llama import with_and_without
-from mmrdpm.bench.peers.protocol import Batch, Caption, How, Peer, Shape, guided
+from mmrdpm.bench.peers.protocol import Batch, Caption, How, Peer, Shape, guided, with_and_without
 
 with warnings.catch_warnings():  # its type checker deprecates annotations that the library uses
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What the peers that draw tokens share: transformers' Llama over a caption and image positions."""
+"""The stack that most peers share: transformers' Qwen3 over a caption and image positions."""
 
 from __future__ import annotations
 
@@ -6,49 +6,51 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel
+from transformers import DynamicCache, Qwen3Config, Qwen3Model
 
 from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.protocol import Caption, How, Peer, Shape, left_padded
 from mmrdpm.sampling.choose import Choice, choose
 
 
-class LlamaPeer(Peer):
-    """A table of text ids, a special one and `inputs` of the image; the stack; a head on codes.
+class QwenPeer(Peer):
+    """A table of text ids, a special one and `inputs` of the image; places of the image; the stack.
 
     Captions stand on the left, padded there: rotary positions are relative, so padding changes
-    nothing. Every image position also has a learned embedding of its place.
+    nothing. It begins as ours does, from embeddings of variance 1 and blocks that add nothing: the
+    library's 0.02 everywhere learns a fixed set of pictures markedly later.
 
     Args:
         inputs: how many ids of the image the table has; `code_offset` is the first.
+        positions: of the image in the stack, each with a learned embedding of its place.
     """
 
-    stack = ("llama.layers.",)
+    stack = ("decoder.layers.",)
 
-    def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes, inputs: int) -> None:
+    def __init__(self, shape: Shape, text_size: int, inputs: int, positions: int) -> None:
         super().__init__()
-        self.codes = codes
-        self.tokens = sum(codes.lengths)
-        size = codes.codebook.size
         self.first, self.code_offset = text_size, text_size + 1
-        config = LlamaConfig(
+        config = Qwen3Config(
             vocab_size=self.code_offset + inputs,
             hidden_size=shape.width,
             intermediate_size=shape.ffn,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.heads,
+            head_dim=shape.width // shape.heads,
             max_position_embeddings=1024,
             pad_token_id=None,
         )
-        self.llama = LlamaModel(config)
-        self.places = nn.Embedding(self.tokens, shape.width)
-        self.head = nn.Linear(shape.width, size, bias=False)
-        nn.init.normal_(self.places.weight, std=0.02)
+        self.decoder = Qwen3Model(config)
+        self.places = nn.Embedding(positions, shape.width)
+        nn.init.normal_(self.decoder.get_input_embeddings().weight)
+        for block in self.decoder.layers:
+            nn.init.zeros_(block.self_attn.o_proj.weight)
+            nn.init.zeros_(block.mlp.down_proj.weight)
 
     def table(self, ids: Tensor) -> Tensor:
         """Embeddings of token ids."""
-        return self.llama.get_input_embeddings()(ids)
+        return self.decoder.get_input_embeddings()(ids)
 
     def prompt(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:
         """Embedded captions `[B, L, width]` and bool `[B, L]`, False at padding."""
@@ -62,18 +64,36 @@ class LlamaPeer(Peer):
             mask: bool, `[B, keys]` for causal attention to real keys, or `[B, 1, S, keys]`.
             cache: of what came before; the positions are added to it.
         """
-        output = self.llama(
-            inputs_embeds=inputs, attention_mask=mask, cache=cache, use_cache=cache is not None
+        output = self.decoder(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            cache=cache,
+            use_cache=cache is not None,
         )
         return output.last_hidden_state
 
+
+class CodePeer(QwenPeer):
+    """A peer that draws codes, with a head that scores them.
+
+    Args:
+        positions: of the image in the stack, where they are not one for each code.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        text_size: int,
+        codes: ResidualCodes,
+        inputs: int,
+        positions: int | None = None,
+    ) -> None:
+        super().__init__(shape, text_size, inputs, positions or sum(codes.lengths))
+        self.codes, self.tokens = codes, sum(codes.lengths)
+        self.head = nn.Linear(shape.width, codes.codebook.size, bias=False)
+
     def reconstruct(self, latents: Tensor) -> Tensor:
         return self.codes.partial(self.codes.encode(latents))
-
-
-def with_and_without(captions: Sequence[Caption]) -> list[Caption]:
-    """The captions, then as many empty ones: what `guided` takes apart again."""
-    return [*captions, *[()] * len(captions)]
 
 
 def drawn(logits: Tensor, how: How) -> Tensor:
