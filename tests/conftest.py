@@ -195,3 +195,54 @@ def recipe_from(tiny_recipe, tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def peer_mapping(tiny_tokenizers):
+    """A recipe of peers for pictures of 2x2 positions, as plain mappings."""
+    size = {"layers": 2, "width": 32, "heads": 2, "ffn": 48, "batch_size": 4, "lrs": [0.01]}
+    return {
+        "kind": "peers",
+        "tokenizers": {t: str(tiny_tokenizers / t) for t in ("image", "text")},
+        "budget": {"flops": 2e7, "search_flops": 1e7, "points": 2},
+        "equal": {"tolerance": 9.0, "levels": 4, "threads": 1},
+        "checkpoint": {"every": 2, "keep": 1, "log_every": 1},
+        "judging": {"concepts": 5, "guidance_scales": [2.0], "repeats": 1, "speed_batches": [2]},
+        **{name: dict(size) for name in ("ours", "masked", "raster", "scales")},
+        "flow": {**size, "ffn": 128, "steps": [3, 2]},
+        "masked": {**size, "steps": [3]},
+        "transfusion": {**size, "steps": [2]},
+        "causal_flow": {**size, "steps": [2]},
+    }
+
+
+@pytest.fixture(scope="session")
+def peer_recipe(peer_mapping):
+    from mmrdpm.bench.peers.protocol import PeerBench
+
+    return recipe.from_dict(PeerBench, peer_mapping, "tiny")
+
+
+@pytest.fixture(scope="session")
+def peer_scene(peer_recipe):
+    from mmrdpm.bench.peers.protocol import Scene
+
+    return Scene(peer_recipe)
+
+
+@pytest.fixture(scope="session")
+def build_peer(peer_recipe, peer_scene, tmp_path_factory):
+    """Makes a peer by its name."""
+    from mmrdpm.bench.peers.peers import make
+
+    folder = tmp_path_factory.mktemp("codes")
+
+    def built(name):
+        torch.manual_seed(0)
+        peer = make(name, peer_recipe, peer_scene, folder)
+        for parameter in peer.parameters():  # zeros would hide mistakes
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+        return peer
+
+    return built
