@@ -38,7 +38,7 @@ class Flow(FlowMatching):
         self.table = nn.Embedding(text_size + 1, shape.width)
         self.places = nn.Embedding(_LONGEST, shape.width)
         head = shape.width // shape.heads
-        self.network: Any = PixArtTransformer2DModel(
+        network: Any = PixArtTransformer2DModel(
             num_attention_heads=shape.heads,
             attention_head_dim=head,
             in_channels=channels,
@@ -49,9 +49,10 @@ class Flow(FlowMatching):
             sample_size=side,
             patch_size=1,
         )
-        for block in self.network.transformer_blocks:
+        for block in network.transformer_blocks:
             for attention in (block.attn1, block.attn2):
                 attention.norm_q, attention.norm_k = RMSNorm(head, 1e-6), RMSNorm(head, 1e-6)
+        self.network = network
 
     def condition(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:
         """Embedded captions `[B, L, width]` and bool `[B, L]`, False where nothing is looked at.

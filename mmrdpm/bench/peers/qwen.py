@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class QwenPeer(Peer):
         self.decoder = Qwen3Model(config)
         self.places = nn.Embedding(positions, shape.width)
         nn.init.normal_(self.decoder.get_input_embeddings().weight)
-        for block in self.decoder.layers:
+        blocks: Any = self.decoder.layers
+        for block in blocks:
             nn.init.zeros_(block.self_attn.o_proj.weight)
             nn.init.zeros_(block.mlp.down_proj.weight)
 
