@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from textwrap import shorten
 
 from PIL import Image
 
@@ -10,6 +12,8 @@ from mmrdpm.api import Model
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.monitor import Monitor
+
+_BRIEF = 60  # characters of a caption on the console: an untrained model does not end one
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,12 @@ def sample(model: Model, plan: Samples, step: int, monitor: Monitor) -> None:
     folder.mkdir(exist_ok=True)
     sheet.save(folder / f"step-{step:07d}.png")
     monitor.picture("samples", step, sheet)
-    pairs = zip(true, model.caption(list(true.values())), strict=True)
-    captions = "; ".join(f"{name} -> {caption or '(nothing)'}" for name, caption in pairs)
-    monitor.text("captions", step, captions)
-    monitor.say(f"step {step}  captions: {captions}")
+    captions = model.caption(list(true.values()))
+    monitor.text("captions", step, _told(true, captions))
+    brief = [shorten(caption, _BRIEF, placeholder=" ...") for caption in captions]
+    monitor.say(f"step {step}  captions: {_told(true, brief)}")
+
+
+def _told(names: Iterable[str], captions: Iterable[str]) -> str:
+    pairs = zip(names, captions, strict=True)
+    return "; ".join(f"{name} -> {caption or '(nothing)'}" for name, caption in pairs)

@@ -44,7 +44,7 @@ class QwenPeer(Peer):
         )
         self.decoder = Qwen3Model(config)
         self.places = nn.Embedding(positions, shape.width)
-        nn.init.normal_(self.decoder.get_input_embeddings().weight)
+        nn.init.normal_(self.decoder.embed_tokens.weight)
         blocks: Any = self.decoder.layers
         for block in blocks:
             nn.init.zeros_(block.self_attn.o_proj.weight)
