@@ -23,7 +23,7 @@ _LONGEST = 64  # places of a caption
 
 
 class Flow(FlowMatching):
-    """A picture's positions; the caption is looked at."""
+    """The positions of a picture are the row; its caption is looked at from every block."""
 
     stack = ("network.transformer_blocks.",)
 
@@ -49,9 +49,13 @@ class Flow(FlowMatching):
             sample_size=side,
             patch_size=1,
         )
+        outputs = [network.proj_out]
         for block in network.transformer_blocks:
+            outputs += [block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]]
             for attention in (block.attn1, block.attn2):
                 attention.norm_q, attention.norm_k = RMSNorm(head, 1e-6), RMSNorm(head, 1e-6)
+        for linear in outputs:  # blocks that add nothing, as all peers' and ours
+            nn.init.zeros_(linear.weight)
         self.network = network
 
     def condition(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:

@@ -25,11 +25,14 @@ class Masked(CodePeer):
     """All codes of a picture at once, step by step fewer masked."""
 
     def __init__(self, shape: Shape, text_size: int, codes: ResidualCodes) -> None:
-        super().__init__(shape, text_size, codes, codes.codebook.size + 1, codes.lengths[0])
+        size, places = codes.codebook.size, codes.lengths[0]
+        super().__init__(shape, text_size, codes, inputs=size + 1, positions=places)
         self.steps = shape.steps
         joined = shape.width * len(codes.lengths)
         self.join = nn.Linear(joined, shape.width, bias=False)
         self.split = nn.Linear(shape.width, joined, bias=False)
+        for linear in (self.join, self.split):  # variance 1 in, variance 1 out
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def hidden(self, captions: Sequence[Caption], codes: Tensor) -> Tensor:
         """Vectors `[B, levels * N, width]` for codes `[B, levels * N]`, K marks a masked one."""

@@ -18,7 +18,7 @@ class QwenPeer(Peer):
     """A table of text ids, a special one and `inputs` of the image; places of the image; the stack.
 
     Captions stand on the left, padded there: rotary positions are relative, so padding changes
-    nothing. It begins as ours does, from embeddings of variance 1 and blocks that add nothing: the
+    nothing. It begins from embeddings of variance 1 and blocks that add nothing, as ours does: the
     library's 0.02 everywhere learns a fixed set of pictures markedly later.
 
     Args:
@@ -79,6 +79,7 @@ class CodePeer(QwenPeer):
     """A peer that draws codes, with a head that scores them.
 
     Args:
+        inputs: see `QwenPeer`.
         positions: of the image in the stack, where they are not one for each code.
     """
 
@@ -90,8 +91,9 @@ class CodePeer(QwenPeer):
         inputs: int,
         positions: int | None = None,
     ) -> None:
-        super().__init__(shape, text_size, inputs, positions or sum(codes.lengths))
-        self.codes, self.tokens = codes, sum(codes.lengths)
+        total = sum(codes.lengths)
+        super().__init__(shape, text_size, inputs, total if positions is None else positions)
+        self.codes, self.tokens = codes, total
         self.head = nn.Linear(shape.width, codes.codebook.size, bias=False)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
