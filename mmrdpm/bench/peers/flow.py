@@ -56,6 +56,7 @@ class Flow(FlowMatching):
                 attention.norm_q, attention.norm_k = RMSNorm(head, 1e-6), RMSNorm(head, 1e-6)
         for linear in outputs:  # blocks that add nothing, as all peers' and ours
             nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
         self.network = network
 
     def condition(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:
