@@ -48,14 +48,17 @@ def main(names: list[str], overrides: list[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 codes = peers.make(name, loaded, scene, Path(folder)).codes
             through = codes.partial(codes.encode(latents))
-            about = {"peer": name, "sides": codes.sides}
+            about = {"peer": name, "sides": codes.sides, "codebook_size": codes.codebook.size}
         else:
             through = images.encode_latents(latents, range(len(latents)))[1][0]
             about = {"tokenizer": Path(name).name, "steps": images.num_timesteps}
-            about["noise_pool"] = images.noise_pool
+            about |= {"noise_pool": images.noise_pool, "codebook_size": images.codebook_size}
         left = psnr(images.decode_latents(through), to_tensor(scene.data.images[chosen]))
-        about |= {"codebook_size": images.codebook_size, "count": len(latents)}
-        figures = {"psnr": left.mean().item(), **asdict(quality(scene.decode(through)))}
+        figures = {
+            "count": len(latents),
+            "psnr": left.mean().item(),
+            **asdict(quality(scene.decode(through))),
+        }
         print(json.dumps({**about, **figures}), flush=True)
 
 

@@ -9,7 +9,7 @@ import torch
 for package in ("diffusers", "transformers", "transfusion_pytorch"):
     pytest.importorskip(package, reason="the extra `peers` is not installed")
 
-from mmrdpm.bench.peers.peers import MAKERS
+from mmrdpm.bench.peers.peers import MAKERS, make
 from mmrdpm.bench.peers.protocol import Batch, How, guided
 from mmrdpm.bench.peers.qwen import prefix_mask
 from mmrdpm.bench.peers.trainer import Trainer
@@ -136,13 +136,17 @@ def test_flow_reaches_the_picture_that_a_true_velocity_points_to(
 ):
     peer, truth = build_peer(name), peer_scene.latents[:2]
 
+    looked = []
+
     def velocity(states, sigma, condition):
+        looked.append(sigma[0].item())
         target = truth.repeat(len(states) // 2, 1, 1, 1)
         return (states - target) / sigma[:, None, None, None]  # eps - z_0 of a straight path
 
     monkeypatch.setattr(peer, "velocity", velocity)
     drawn = peer.draw([(1,), (2,)], How(5, 1.0, 1.0))
     torch.testing.assert_close(drawn, truth, rtol=1e-3, atol=1e-3)
+    assert looked == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 @torch.no_grad()
@@ -189,9 +193,7 @@ def test_the_caption_that_is_read_once_is_read_as_in_one_row(build_peer):
     assert torch.equal(first, second), "a step left something in the cache"
 
 
-def test_masked_learns_the_codes_that_it_does_not_see_from_places_and_levels(
-    build_peer, peer_scene, monkeypatch
-):
+def test_masked_learns_the_codes_that_it_does_not_see(build_peer, peer_scene, monkeypatch):
     peer, seen = build_peer("masked"), []
     codes = torch.cat(peer.codes.encode(peer_scene.latents[:64]), dim=1)
 
@@ -208,6 +210,41 @@ def test_masked_learns_the_codes_that_it_does_not_see_from_places_and_levels(
     masked = seen[0] == peer.codes.codebook.size
     assert loss < 1e-6 and torch.equal(seen[0][~masked], codes[~masked])
     assert masked.any(dim=1).all() and 0.5 < masked.float().mean() < 0.8  # 2 / pi of them
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flow", "causal_flow"])
+def test_padding_changes_no_velocity(name, build_peer):
+    peer, captions = build_peer(name), [(5,), (6, 7, 8, 9), ()]
+    states, sigma = torch.randn(3, *peer.grid), torch.tensor([0.1, 0.5, 0.9])
+    together = peer.velocity(states, sigma, peer.condition(captions))
+    for i in range(3):
+        alone = peer.velocity(states[i : i + 1], sigma[i : i + 1], peer.condition([captions[i]]))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["masked", "raster", "causal_flow", "scales"])
+def test_fresh_blocks_add_nothing(name, peer_recipe, peer_scene, tmp_path):
+    peer = make(name, peer_recipe, peer_scene, tmp_path)
+    inputs, real = peer.prompt([(5, 6, 7), (8, 9, 10)])
+    torch.testing.assert_close(peer.run(inputs, real.long()), peer.decoder.norm(inputs))
+
+
+@torch.no_grad()
+def test_all_levels_of_a_place_are_one_position(peer_recipe, peer_scene, tmp_path):
+    """With fresh blocks, through which no position hears of another."""
+    peer = make("masked", peer_recipe, peer_scene, tmp_path)
+    places, levels = peer.codes.lengths[0], len(peer.codes.lengths)
+    codes = torch.zeros(1, peer.tokens, dtype=torch.int64)
+    before = peer.hidden([(5,)], codes)
+    for level in range(levels):
+        changed = codes.clone()
+        changed[0, level * places + 1] = 3
+        other = (peer.hidden([(5,)], changed) != before).any(dim=-1)[0]
+        assert (
+            other.unflatten(0, (levels, places)).tolist() == [[False, True, False, False]] * levels
+        )
 
 
 @torch.no_grad()

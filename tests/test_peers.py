@@ -4,6 +4,7 @@
 import json
 import math
 import re
+from copy import copy
 
 import pytest
 import torch
@@ -178,6 +179,17 @@ def test_settings_that_cannot_be_measured_are_refused(peer_mapping, peer_scene, 
         made(flow={"noise_pool": 1})
     with pytest.raises(RecipeError, match="lrs: name at least one"):
         made(ours={"lrs": []})
+
+
+def test_peers_have_a_number_of_codes_of_their_own(peer_mapping, peer_scene, tmp_path):
+    equal = {**peer_mapping["equal"], "codebook_size": 8}
+    loaded = recipe.from_dict(PeerBench, {**peer_mapping, "equal": equal}, "altered")
+    scene = copy(peer_scene)
+    scene.equal = loaded.equal
+    for name in ("raster", "masked", "scales"):
+        peer = make(name, loaded, scene, tmp_path)
+        assert peer.codes.codebook.size == peer.head.out_features == 8
+    assert scene.images.codebook_size != 8  # of ours
 
 
 def test_a_rate_that_diverges_loses_the_search_and_all_of_them_end_the_run(

@@ -22,7 +22,7 @@ _FREQUENCIES = 256  # sines and cosines of a time, as DiT has them
 
 
 class CausalFlow(FlowMatching, QwenPeer):
-    """The caption is read once, its keys and values serve all steps."""
+    """The positions of a picture see each other; the caption's keys and values serve all steps."""
 
     def __init__(self, shape: Shape, text_size: int, grid: tuple[int, int, int]) -> None:
         super().__init__(shape, text_size, inputs=0, positions=grid[0] * grid[1])

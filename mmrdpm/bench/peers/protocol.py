@@ -258,7 +258,7 @@ class Peer(nn.Module, ABC):
     Attributes:
         stack: beginnings of the names of the parameters whose matrices Muon takes.
         draws_codes: whether a temperature means something to it.
-        tokens: image positions or tokens that the network handles per picture.
+        tokens: codes or vectors that make a picture.
         steps: network evaluations per picture of each way of sampling.
     """
 
