@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from textwrap import shorten
 
 from PIL import Image
 
@@ -46,7 +45,7 @@ def sample(model: Model, plan: Samples, step: int, monitor: Monitor) -> None:
     monitor.picture("samples", step, sheet)
     captions = model.caption(list(true.values()))
     monitor.text("captions", step, _told(true, captions))
-    brief = [shorten(caption, _BRIEF, placeholder=" ...") for caption in captions]
+    brief = [c if len(c) <= _BRIEF else f"{c[:_BRIEF]}..." for c in captions]
     monitor.say(f"step {step}  captions: {_told(true, brief)}")
 
 

@@ -9,6 +9,7 @@ import torch
 for package in ("diffusers", "transformers", "transfusion_pytorch"):
     pytest.importorskip(package, reason="the extra `peers` is not installed")
 
+from mmrdpm.bench.peers.flow_matching import TRAINING_TIMES
 from mmrdpm.bench.peers.peers import MAKERS, make
 from mmrdpm.bench.peers.protocol import Batch, How, guided
 from mmrdpm.bench.peers.qwen import prefix_mask
@@ -184,7 +185,7 @@ def test_the_caption_that_is_read_once_is_read_as_in_one_row(build_peer):
     condition = peer.condition(captions)
     first, second = (peer.velocity(states, sigma, condition) for _ in range(2))
     prompt, real = peer.prompt(captions)
-    time = peer.time(peer.waves(sigma * 1000))[:, None]
+    time = peer.time(peer.waves(sigma * TRAINING_TIMES))[:, None]
     image = peer.from_latents(states.flatten(1, 2)) + peer.places.weight + time
     mask = prefix_mask(real, torch.zeros(peer.tokens, dtype=torch.int64))
     hidden = peer.run(torch.cat([prompt, image], dim=1), mask)[:, -peer.tokens :]
@@ -229,6 +230,29 @@ def test_fresh_blocks_add_nothing(name, peer_recipe, peer_scene, tmp_path):
     peer = make(name, peer_recipe, peer_scene, tmp_path)
     inputs, real = peer.prompt([(5, 6, 7), (8, 9, 10)])
     torch.testing.assert_close(peer.run(inputs, real.long()), peer.decoder.norm(inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flow", "causal_flow"])
+def test_a_fresh_flow_predicts_the_same_for_all(name, peer_recipe, peer_scene, tmp_path):
+    peer = make(name, peer_recipe, peer_scene, tmp_path)
+    states = torch.randn(2, *peer.grid)
+    velocity = peer.velocity(states, torch.tensor([0.1, 0.9]), peer.condition([(5,), ()]))
+    assert (velocity == velocity[0, 0, 0]).all()
+
+
+@torch.no_grad()
+def test_the_flow_does_not_look_at_the_length_of_queries_and_keys(build_peer):
+    peer = build_peer("flow")
+    states, condition = torch.randn(1, *peer.grid), peer.condition([(5, 6)])
+    before = peer.velocity(states, torch.tensor([0.5]), condition)
+    for block in peer.network.transformer_blocks:
+        for attention in (block.attn1, block.attn2):
+            for linear in (attention.to_q, attention.to_k):
+                linear.weight *= 3
+                linear.bias *= 3
+    after = peer.velocity(states, torch.tensor([0.5]), condition)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mmrdpm import checkpoint, machine, recipe, weights
 from mmrdpm.data import emoji_stream
@@ -19,6 +21,7 @@ from mmrdpm.data.packing import Lane
 from mmrdpm.engine.guard import Guard, GuardConfig
 from mmrdpm.errors import CheckpointError, DataError, TrainingError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.samples import Samples, sample
 from mmrdpm.train_model import Trainer, train
 
 
@@ -365,3 +368,21 @@ def test_tokeniser_and_transformer_lie_on_the_device_of_the_run(tiny_recipe, tmp
     parts = (model.transformer, model.images)
     tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_a_caption_that_does_not_end_is_cut_short_on_the_console_alone(tmp_path):
+    model = SimpleNamespace(
+        images=SimpleNamespace(image_size=8),
+        generate=lambda prompts: [Image.new("RGB", (8, 8)) for _ in prompts],
+        caption=lambda pictures: ["r" * 200, ""],
+    )
+    said, logged = [], []
+    monitor = SimpleNamespace(
+        run=tmp_path,
+        say=said.append,
+        picture=lambda *_: None,
+        text=lambda name, step, text: logged.append(text),
+    )
+    sample(model, Samples(prompts=("red heart", "rainbow")), 3, monitor)
+    assert logged == ["red heart -> " + "r" * 200 + "; rainbow -> (nothing)"]
+    assert said == ["step 3  captions: red heart -> " + "r" * 60 + "...; rainbow -> (nothing)"]

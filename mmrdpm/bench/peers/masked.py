@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.protocol import Batch, Caption, How, Shape, guided, with_and_without
-from mmrdpm.bench.peers.qwen import CodePeer
+from mmrdpm.bench.peers.qwen import CodePeer, both_ways
 
 
 class Masked(CodePeer):
@@ -40,8 +40,7 @@ class Masked(CodePeer):
         levels = self.table(self.code_offset + codes).unflatten(1, (-1, self.codes.lengths[0]))
         image = self.join(levels.transpose(1, 2).flatten(2)) + self.places.weight
         inputs = torch.cat([prompt, image], dim=1)
-        seen = torch.cat([real, real.new_ones(image.shape[:2])], dim=1)
-        mask = seen[:, None, None, :].expand(-1, 1, inputs.shape[1], -1)
+        mask = both_ways(real, image.shape[1], queries=inputs.shape[1])
         hidden = self.split(self.run(inputs, mask)[:, prompt.shape[1] :])
         return hidden.unflatten(2, (len(self.codes.lengths), -1)).transpose(1, 2).flatten(1, 2)
 
@@ -57,7 +56,6 @@ class Masked(CodePeer):
         return cross_entropy(self.head(hidden[masked]).float(), codes[masked])
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
-        assert how.temperature is not None
         scheduler: Any = AmusedScheduler(mask_token_id=self.codes.codebook.size)
         scheduler.set_timesteps(how.steps, device=self.device)
         codes = torch.full((len(captions), self.tokens), self.codes.codebook.size)
@@ -66,5 +64,5 @@ class Masked(CodePeer):
         for timestep in scheduler.timesteps:
             logits = self.head(self.hidden(both, codes.repeat(2, 1))).float()
             logits = guided(logits, how.guidance_scale)
-            codes = scheduler.step(logits / how.temperature, timestep, codes).prev_sample
+            codes = scheduler.step(logits / how.warmth, timestep, codes).prev_sample
         return self.codes.partial(codes.split(self.codes.lengths, dim=1))

@@ -80,8 +80,7 @@ class Ours(Peer):
         return loss(self.transformer, packed.to(self.device), soft_labels=self.soft_labels).total
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
-        assert how.temperature is not None
-        guidance = Guided(how.temperature, guidance_scale=how.guidance_scale)
+        guidance = Guided(how.warmth, guidance_scale=how.guidance_scale)
         seeds = torch.randint(2**62, (len(captions),)).tolist()
         requests = [Request(*pair) for pair in zip(captions, seeds, strict=True)]
         return sample_images(self.transformer, self.images, self.vocabulary, requests, guidance)[0]

@@ -247,6 +247,12 @@ class How:
     guidance_scale: float
     temperature: float | None
 
+    @property
+    def warmth(self) -> float:
+        """The temperature, of a peer that draws codes."""
+        assert self.temperature is not None
+        return self.temperature
+
     def __str__(self) -> str:
         warm = "" if self.temperature is None else f", temperature {self.temperature:g}"
         return f"{self.steps} steps, guidance {self.guidance_scale:g}{warm}"

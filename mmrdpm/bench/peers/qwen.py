@@ -102,8 +102,17 @@ class CodePeer(QwenPeer):
 
 def drawn(logits: Tensor, how: How) -> Tensor:
     """Codes `[B, ...]` from logits `[B, ..., K]`, by torch's global generator."""
-    assert how.temperature is not None
-    return choose(logits, Choice(how.temperature), [torch.default_generator] * len(logits))
+    return choose(logits, Choice(how.warmth), [torch.default_generator] * len(logits))
+
+
+def both_ways(real: Tensor, positions: int, queries: int) -> Tensor:
+    """Every query sees real text and the whole image: bool `[B, 1, queries, L + positions]`.
+
+    Args:
+        real: bool `[B, L]`, False at the padding of captions.
+    """
+    seen = torch.cat([real, real.new_ones(len(real), positions)], dim=1)
+    return seen[:, None, None].expand(-1, 1, queries, -1)
 
 
 def prefix_mask(real: Tensor, blocks: Tensor) -> Tensor:
