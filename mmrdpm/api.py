@@ -2,7 +2,8 @@
 
 A model is a folder, a run's own or a shipped one:
 
-    DIR/recipe.yaml                resolved recipe: model, data.seq_len and sampling count here
+    DIR/recipe.yaml                resolved recipe: model, data.seq_len, sampling and
+                                   train.soft_labels count here
     DIR/step-*.safetensors         weights, the newest last by name
     DIR/tokenizers/image, text     the tokenizers that they were trained with
 """
@@ -59,10 +60,15 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     mapping = recipe.read(spec)
     config = recipe.from_dict(TransformerConfig, mapping.get("model") or {}, f"{spec}: model")
     sampling = recipe.from_dict(Guided, mapping.get("sampling") or {}, f"{spec}: sampling")
-    data = mapping.get("data")
+    data, train = mapping.get("data"), mapping.get("train")
     context = data.get("seq_len") if isinstance(data, dict) else None
     if not isinstance(context, int):
         raise CheckpointError(f"{spec}: data.seq_len must be an integer: the recipe is damaged")
+    soft_labels = train.get("soft_labels", 0.0) if isinstance(train, dict) else 0.0
+    if not isinstance(soft_labels, int | float) or not 0 <= soft_labels < math.inf:
+        raise CheckpointError(
+            f"{spec}: train.soft_labels must be a number, 0 or more: the recipe is damaged"
+        )
     images = image_tokenizer.load(folder / IMAGE_TOKENIZER)
     texts = text_tokenizer.load(folder / TEXT_TOKENIZER)
     vocabulary = Vocabulary(texts.size, images.codebook_size)
@@ -70,7 +76,8 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     check_identity(path, images, texts)
     weights.load_into(transformer, path)
     transformer.eval().requires_grad_(False)
-    return Model(transformer, images, texts, sampling, context).to(machine.device())
+    loaded = Model(transformer, images, texts, sampling, context, soft_labels)
+    return loaded.to(machine.device())
 
 
 def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokenizer) -> Transformer:
@@ -129,6 +136,7 @@ class Model:
     Attributes:
         sampling: what `generate` uses where it is not told otherwise.
         context: the most tokens that a document may take.
+        soft_labels: temperature of the labels that codes were learned from, see `objective.loss`.
     """
 
     transformer: Transformer
@@ -136,6 +144,7 @@ class Model:
     texts: TextTokenizer
     sampling: Guided
     context: int
+    soft_labels: float = 0.0
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -146,7 +155,7 @@ class Model:
         return replace(self, transformer=self.transformer.to(device), images=self.images.to(device))
 
     def generate(
-        self, prompts: Sequence[str], seed: int | Sequence[int] = 0, n: int = 1, **how: float
+        self, prompts: Sequence[str], seed: int | Sequence[int] = 0, n: int = 1, **how: float | str
     ) -> list[Image.Image]:
         """Draws `n` pictures per prompt, in the prompts' order.
 
@@ -155,7 +164,8 @@ class Model:
 
         Args:
             seed: one for all prompts, so that they share their noise, or one for each.
-            how: what differs from `self.sampling`: guidance_scale, temperature, top_k, top_p.
+            how: what differs from `self.sampling`: guidance_scale, guidance_schedule, codes,
+                temperature, top_k, top_p.
 
         Raises:
             UsageError: a prompt is empty or too long, a number is out of range, or there are seeds
@@ -171,7 +181,7 @@ class Model:
         drawn = [(p, s + j) for p, s in zip(prompts, seeds, strict=True) for j in range(n)]
         return to_pictures(self.images.decode_latents(self._states(drawn, **how)[0]))
 
-    def trace(self, prompt: str, seed: int = 0, **how: float) -> list[Image.Image]:
+    def trace(self, prompt: str, seed: int = 0, **how: float | str) -> list[Image.Image]:
         """The picture after every step, from `x_T` (noise) to `x_0` (what `generate` gives)."""
         states = self._states([(prompt, seed)], **how)[:, 0]
         return to_pictures(self.images.decode_latents(states.flip(0)))
@@ -224,7 +234,7 @@ class Model:
         document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
         return text_log_likelihood(self.transformer, self._pack(document), len(ids))
 
-    def _states(self, drawn: Sequence[tuple[str, int]], **how: float) -> Tensor:
+    def _states(self, drawn: Sequence[tuple[str, int]], **how: float | str) -> Tensor:
         """The states of one image per prompt and seed, `[T + 1, B, *grid, C]`."""
         try:
             guided = replace(self.sampling, **how)  # type: ignore[arg-type]
@@ -232,7 +242,8 @@ class Model:
             raise UsageError(f"generate: {error}") from None
         captions = {prompt: self.prompt_ids(prompt) for prompt, _ in drawn}
         requests = [Request(captions[prompt], check_seed(seed)) for prompt, seed in drawn]
-        return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
+        model = (self.transformer, self.images, self.vocabulary)
+        return sample_images(*model, requests, guided, self.soft_labels)
 
     def _continue(
         self,

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from mmrdpm.document import NO_TARGET, Packed
 from mmrdpm.errors import RecipeError
 from mmrdpm.rdpm.codebook import Codebook
+from mmrdpm.rdpm.soft_labels import soft_labels as softened
 from mmrdpm.transformer import Transformer
 
 # Positions whose logits are computed at once. On a CPU those of one part stay in the cache, where
@@ -69,10 +70,9 @@ def loss(
     Args:
         z_weight: of the squared log of the softmax's denominator, which keeps logits from drifting
             (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4).
-        soft_labels: temperature tau of the codes' labels: code k is wanted with a probability in
-            proportion to `exp(-||r_t / g_t - e_k||^2 / tau)` (Lee et al. 2022, arXiv 2203.01941,
-            section 3.2), which says where the residual lies and not only to which code it is
-            nearest. 0 is the nearest code alone. Needs `code_geometry`.
+        soft_labels: temperature of the codes' labels, see `rdpm.soft_labels`, which say where the
+            residual lies and not only to which code it is nearest. 0 is the nearest code alone.
+            Needs `code_geometry`.
         divisor: the summed weights of the whole batch where these rows are only a part of it.
     """
     learned = packed.targets != NO_TARGET
@@ -116,9 +116,9 @@ def score(
     assert code_features is not None
     codes, log_p = code_features[:, :-1], logits.log_softmax(-1)
     with torch.autocast(hidden.device.type, enabled=False):
-        near = (2 * residuals @ codes.T - codes.square().sum(1)) / soft_labels
+        wanted = softened(residuals, codes, soft_labels)
     exact = -log_p.gather(1, targets[:, None])[:, 0]
-    soft = -(near.softmax(-1) * log_p[:, -len(codes) :]).sum(-1)
+    soft = -(wanted * log_p[:, -len(codes) :]).sum(-1)
     return exact, torch.where(timesteps > 0, soft, exact), squared_z
 
 

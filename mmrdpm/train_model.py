@@ -325,7 +325,8 @@ class Trainer:
         if averaged and self.average:
             transformer = build(recipe.model, self.vocabulary, self.images).to(self.device)
             weights.fill(transformer, self.average.tensors)
-        return Model(transformer, self.images, self.texts, recipe.sampling, recipe.data.seq_len)
+        how = (recipe.sampling, recipe.data.seq_len, recipe.train.soft_labels)
+        return Model(transformer, self.images, self.texts, *how)
 
     def check_prompts(self) -> None:
         """Raises UsageError where a prompt to sample is empty or too long."""

@@ -109,9 +109,19 @@ def reshaped(run):
     (run / "recipe.yaml").write_text(text.replace("width: 32", "width: 64"))
 
 
+def softened(run):
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("soft_labels: 0.0", "soft_labels: some"))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
-    [(truncate, "truncated"), (pickled, "pickled"), (reshaped, "the model needs")],
+    [
+        (truncate, "truncated"),
+        (pickled, "pickled"),
+        (reshaped, "the model needs"),
+        (softened, "train.soft_labels must be a number"),
+    ],
 )
 def test_damaged_models_are_one_clear_line(run, tmp_path, tiny_run, change, says):
     model = damaged(tmp_path, tiny_run, change)

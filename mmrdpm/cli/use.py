@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 from rich.console import Console
@@ -17,6 +18,7 @@ from mmrdpm import api
 from mmrdpm.cli.common import Commands, command, count, model_option
 from mmrdpm.data.pictures import contact_sheet, open_picture, save_picture, to_square
 from mmrdpm.errors import UsageError
+from mmrdpm.sampling.image import Codes
 
 _AT_ONCE = 128  # pictures drawn before they are saved: whole groups, of whatever device
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -35,6 +37,11 @@ def add(commands: Commands) -> None:
         dest="guidance_scale",
         type=float,
         help=f"how strongly the words count, 1 is off{own}",
+    )
+    p.add_argument(
+        "--codes",
+        choices=get_args(Codes),
+        help=f"draw codes, or add the mean of all by their probabilities{own}",
     )
     p.add_argument("--temperature", type=float, help=f"0 takes the likeliest codes{own}")
     p.add_argument("--top-k", type=int, help=f"draw among the k likeliest codes{own}")
@@ -64,7 +71,7 @@ def generate(options: argparse.Namespace) -> None:
     model = api.load(options.model)
     how = {
         name: value
-        for name in ("guidance_scale", "temperature", "top_k", "top_p")
+        for name in ("guidance_scale", "codes", "temperature", "top_k", "top_p")
         if (value := getattr(options, name)) is not None
     }
     jobs = [(p, options.seed + j) for p in options.prompts for j in range(options.n)]

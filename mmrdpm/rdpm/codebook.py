@@ -76,6 +76,11 @@ class Codebook(nn.Module):
         """`g_t e_q`: float32 `[..., C]` for indices `[...]`."""
         return self.gains[timestep - 1] * self.table(timestep)[code_indices]
 
+    def expected(self, probabilities: Tensor, timestep: int) -> Tensor:
+        """`g_t sum_k p_k e_k`: float32 `[..., C]` for probabilities `[..., K_t]`."""
+        table = self.table(timestep)
+        return self.gains[timestep - 1] * (probabilities.to(table.dtype) @ table)
+
 
 def _check_sizes(sizes: Sequence[int], num_timesteps: int, size: int, per_step: bool) -> None:
     if len(sizes) != num_timesteps or not all(1 <= s <= size for s in sizes):

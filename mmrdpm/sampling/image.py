@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -24,8 +25,9 @@ from mmrdpm import machine
 from mmrdpm.document import TextSegment, grid_positions, pack
 from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
+from mmrdpm.rdpm.soft_labels import shortening
 from mmrdpm.sampling.cache import Cache
-from mmrdpm.sampling.choose import Choice, choose
+from mmrdpm.sampling.choose import Choice, choose, probabilities
 from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
@@ -40,6 +42,7 @@ the first ones of a training are zeros, whose sums agree in any order."""
 
 
 GuidanceSchedule = Literal["constant", "rising", "falling"]
+Codes = Literal["drawn", "expected"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,21 @@ class Guided(Choice):
             2022, arXiv 2207.12598, eq. 6 with s = w + 1); 1 is off.
         guidance_schedule: the scale at every step alike, or on a straight line over the steps,
             `rising` from 1 or `falling` to 1.
+        codes: what a step adds: a code that is `drawn`, or the `expected` one, the mean of all
+            codes by their probabilities. That is the flow's own step (an image then follows from
+            its start noise alone) without the error of a code, and goes with temperature 1.
     """
 
     guidance_scale: float = field(default=3.0, metadata={"min": 0.0})
     guidance_schedule: GuidanceSchedule = "constant"
+    codes: Codes = "drawn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.guidance_schedule not in get_args(GuidanceSchedule):
-            known = ", ".join(get_args(GuidanceSchedule))
-            raise UsageError(f"guidance schedule {self.guidance_schedule!r}: choose one of {known}")
+        for key, kind in (("guidance_schedule", GuidanceSchedule), ("codes", Codes)):
+            if (value := getattr(self, key)) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise UsageError(f"{key.replace('_', ' ')} {value!r}: choose one of {known}")
         if not 0 <= self.guidance_scale <= MOST_GUIDANCE:
             raise UsageError(
                 f"guidance scale {self.guidance_scale}: it must be from 0 to {MOST_GUIDANCE:g}"
@@ -93,13 +101,17 @@ def sample_images(
     vocabulary: Vocabulary,
     requests: Sequence[Request],
     how: Guided,
+    soft_labels: float = 0.0,
 ) -> Tensor:
     """One image per request.
+
+    Args:
+        soft_labels: temperature of the labels that the model learned codes from, 0 for hard ones.
 
     Returns:
         Every state, float32 `[T + 1, B, *grid, C]`, row 0 the images' latents.
     """
-    sampler = Sampler(model, tokenizer, vocabulary, how)
+    sampler = Sampler(model, tokenizer, vocabulary, how, soft_labels)
     shape = (tokenizer.num_timesteps + 1, len(requests), *tokenizer.grid, tokenizer.latent_channels)
     states = model.table.weight.new_empty(shape, dtype=torch.float32)
     groups = sampler.groups(requests)
@@ -117,6 +129,7 @@ class Sampler:
     tokenizer: ImageTokenizer
     vocabulary: Vocabulary
     how: Guided
+    soft_labels: float = 0.0
 
     @torch.inference_mode()
     def draw_all(self, groups: Sequence[Sequence[Request]]) -> list[Tensor]:
@@ -145,9 +158,26 @@ class Sampler:
         for timestep in range(self.tokenizer.num_timesteps, 0, -1):
             logits = self._code_logits(prompts, states[-1], start, timestep)
             logits = logits[..., : self.tokenizer.codebook.sizes[timestep - 1]]
-            code_indices = choose(logits, self.how, generators).view(start.shape[:-1])
-            states.append(states[-1] + self.tokenizer.codebook.lookup(code_indices, timestep))
+            states.append(states[-1] + self._step(logits, timestep, generators).view_as(start))
         return torch.stack(states[::-1])
+
+    def _step(self, logits: Tensor, timestep: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """What a step adds at every position, `[G, N, C]`, for scores `[G, N, K_t]`."""
+        codebook = self.tokenizer.codebook
+        if self.how.codes == "drawn":
+            return codebook.lookup(choose(logits, self.how, generators), timestep)
+        # image by image, in products of one shape, so that no image depends on its company
+        means = [codebook.expected(probabilities(one, self.how), timestep) for one in logits]
+        return self._length * torch.stack(means)
+
+    @cached_property
+    def _length(self) -> float:
+        """What makes the mean as long as the codes that states have moved by in training.
+
+        Scores divided by a temperature are those of labels that are as much harder.
+        """
+        temperature = self.soft_labels * self.how.temperature
+        return shortening(self.tokenizer.codebook.codes[0], temperature)
 
     def groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests, a group a list; one that is not full repeats its last request."""

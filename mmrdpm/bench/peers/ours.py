@@ -44,6 +44,7 @@ class Ours(Peer):
             places=shape.places,
         )
         self.soft_labels, self.steps_per_image = shape.soft_labels, shape.steps_per_image
+        self.codes, self.draws_codes = shape.codes, shape.codes == "drawn"
         if self.soft_labels:
             check_soft_labels("ours.soft_labels", scene.images.codebook)
         self.scene = scene
@@ -80,10 +81,12 @@ class Ours(Peer):
         return loss(self.transformer, packed.to(self.device), soft_labels=self.soft_labels).total
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
-        guidance = Guided(how.warmth, guidance_scale=how.guidance_scale)
+        warmth = how.warmth if self.draws_codes else 1.0
+        guided = Guided(warmth, guidance_scale=how.guidance_scale, codes=self.codes)
         seeds = torch.randint(2**62, (len(captions),)).tolist()
         requests = [Request(*pair) for pair in zip(captions, seeds, strict=True)]
-        return sample_images(self.transformer, self.images, self.vocabulary, requests, guidance)[0]
+        model = (self.transformer, self.images, self.vocabulary)
+        return sample_images(*model, requests, guided, self.soft_labels)[0]
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         _, states = self.images.encode_latents(latents, range(len(latents)))

@@ -24,7 +24,7 @@ from mmrdpm.machine import Precision
 from mmrdpm.model_recipe import Tokenizers
 from mmrdpm.optim import OptimizerConfig
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.sampling.image import MOST_GUIDANCE
+from mmrdpm.sampling.image import MOST_GUIDANCE, Codes
 
 Caption = tuple[int, ...]
 """The text ids of a caption; () where it is dropped."""
@@ -69,12 +69,14 @@ class OurShape(Shape):
         preconditioning, places: see `TransformerConfig`.
         soft_labels: see `objective.loss`.
         steps_per_image: timesteps of a picture that one update learns, all where it has fewer.
+        codes: see `Guided`; expected ones are judged at temperature 1.
     """
 
     preconditioning: bool = False
     places: bool = False
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
     steps_per_image: int = field(default=4, metadata={"min": 1})
+    codes: Codes = "drawn"
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class PeerBench:
             preconditioning=True,
             places=True,
             soft_labels=2.0,
+            codes="expected",
         )
     )
     flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, 64, steps=(50, 10)))
@@ -269,7 +272,7 @@ class Peer(nn.Module, ABC):
     """
 
     stack: ClassVar[tuple[str, ...]]
-    draws_codes: ClassVar[bool] = True
+    draws_codes: bool = True
     tokens: int
     steps: tuple[int, ...]
 
