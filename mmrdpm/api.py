@@ -27,6 +27,7 @@ from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.pictures import to_pictures, to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, length, pack
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
+from mmrdpm.objective import check_soft_labels
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.sampling.choose import Choice
@@ -65,7 +66,7 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     if not isinstance(context, int):
         raise CheckpointError(f"{spec}: data.seq_len must be an integer: the recipe is damaged")
     soft_labels = train.get("soft_labels", 0.0) if isinstance(train, dict) else 0.0
-    if not isinstance(soft_labels, int | float) or not 0 <= soft_labels < math.inf:
+    if type(soft_labels) not in (int, float) or not 0 <= soft_labels < math.inf:
         raise CheckpointError(
             f"{spec}: train.soft_labels must be a number, 0 or more: the recipe is damaged"
         )
@@ -76,6 +77,8 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     check_identity(path, images, texts)
     weights.load_into(transformer, path)
     transformer.eval().requires_grad_(False)
+    if soft_labels:
+        check_soft_labels(f"{spec}: train.soft_labels", images.codebook)
     loaded = Model(transformer, images, texts, sampling, context, soft_labels)
     return loaded.to(machine.device())
 
@@ -90,7 +93,7 @@ def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokeni
     images.noise_pool = config.noise_pool
     channels, num_timesteps = images.latent_channels, images.num_timesteps
     transformer = Transformer(config, vocabulary.size, channels, num_timesteps)
-    transformer.know_codes(images.codebook.codes, images.estimates)
+    transformer.know_codes(images.codebook.codes, images.estimates(config.sees_start_noise))
     return transformer
 
 
@@ -136,7 +139,7 @@ class Model:
     Attributes:
         sampling: what `generate` uses where it is not told otherwise.
         context: the most tokens that a document may take.
-        soft_labels: temperature of the labels that codes were learned from, see `objective.loss`.
+        soft_labels: of the codes that it learned, see `objective.loss`.
     """
 
     transformer: Transformer
@@ -155,7 +158,7 @@ class Model:
         return replace(self, transformer=self.transformer.to(device), images=self.images.to(device))
 
     def generate(
-        self, prompts: Sequence[str], seed: int | Sequence[int] = 0, n: int = 1, **how: float | str
+        self, prompts: Sequence[str], seed: int | Sequence[int] = 0, n: int = 1, **how: float
     ) -> list[Image.Image]:
         """Draws `n` pictures per prompt, in the prompts' order.
 
@@ -164,8 +167,8 @@ class Model:
 
         Args:
             seed: one for all prompts, so that they share their noise, or one for each.
-            how: what differs from `self.sampling`: guidance_scale, guidance_schedule, codes,
-                temperature, top_k, top_p.
+            how: what differs from `self.sampling`: guidance_scale, guidance_schedule,
+                expected_steps, temperature, top_k, top_p.
 
         Raises:
             UsageError: a prompt is empty or too long, a number is out of range, or there are seeds
@@ -181,7 +184,7 @@ class Model:
         drawn = [(p, s + j) for p, s in zip(prompts, seeds, strict=True) for j in range(n)]
         return to_pictures(self.images.decode_latents(self._states(drawn, **how)[0]))
 
-    def trace(self, prompt: str, seed: int = 0, **how: float | str) -> list[Image.Image]:
+    def trace(self, prompt: str, seed: int = 0, **how: float) -> list[Image.Image]:
         """The picture after every step, from `x_T` (noise) to `x_0` (what `generate` gives)."""
         states = self._states([(prompt, seed)], **how)[:, 0]
         return to_pictures(self.images.decode_latents(states.flip(0)))
@@ -234,7 +237,7 @@ class Model:
         document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
         return text_log_likelihood(self.transformer, self._pack(document), len(ids))
 
-    def _states(self, drawn: Sequence[tuple[str, int]], **how: float | str) -> Tensor:
+    def _states(self, drawn: Sequence[tuple[str, int]], **how: float) -> Tensor:
         """The states of one image per prompt and seed, `[T + 1, B, *grid, C]`."""
         try:
             guided = replace(self.sampling, **how)  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def loss(
     Args:
         z_weight: of the squared log of the softmax's denominator, which keeps logits from drifting
             (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4).
-        soft_labels: temperature of the codes' labels, see `rdpm.soft_labels`, which say where the
+        soft_labels: tau of the codes' labels, see `rdpm.soft_labels`, which say where the
             residual lies and not only to which code it is nearest. 0 is the nearest code alone.
             Needs `code_geometry`.
         divisor: the summed weights of the whole batch where these rows are only a part of it.

@@ -139,7 +139,8 @@ class Trainer:
         objective = Objective(self.transformer, plan.text_weight, plan.z_loss, plan.soft_labels)
         mode = parallel.resolve(plan.parallel, self.parameters, self.device)
         self.parallel = Parallel(objective, mode, self.device, self.dtype)
-        self.transformer.know_codes(self.images.codebook.codes, self.images.estimates)
+        guesses = self.images.estimates(recipe.model.sees_start_noise)
+        self.transformer.know_codes(self.images.codebook.codes, guesses)
         self.origin = ""
         if (name := recipe.model.init_from) and checkpoint.agreed(run) is None:
             self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)

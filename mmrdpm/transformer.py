@@ -50,7 +50,8 @@ class TransformerConfig:
             codes that lie near each other then score alike from the start.
         preconditioning: whether image positions enter with the guess of `z_0` that `(x_t, x_T)`
             make, in place of both, and the scores of codes begin from their guess of the residual,
-            as sharply as the network says. Needs `code_geometry`, see `estimates`.
+            as sharply as the network says. Without `sees_start_noise` the guesses are of `x_t`
+            alone. Needs `code_geometry`, see `estimates`.
         places: whether image positions enter with sines of their place in the grid, which RoPE
             shows only between two. Needs `norm_inputs`.
         init_from: weights to begin with, see `pretrained`: a language model's folder or hub id, or
@@ -104,10 +105,9 @@ class TransformerConfig:
                 "model.places adds waves of the size that normalised inputs have: it needs"
                 " norm_inputs: true, which no language model has"
             )
-        if self.preconditioning and not (self.code_geometry and self.sees_start_noise):
+        if self.preconditioning and not self.code_geometry:
             raise RecipeError(
-                "model.preconditioning scores codes by their vectors and takes the start noise out"
-                " of the state: it needs code_geometry: true and sees_start_noise: true"
+                "model.preconditioning scores codes by their vectors: it needs code_geometry: true"
             )
 
     @property
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         return rms_norm(mixed, (self.config.width,)) if self.config.norm_inputs else mixed
 
     def guess(self, row: int, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """What `(x_t, x_T)` tell of `z_0` (row 0) or `r_t / g_t` (row 1): `[R, S, C]`."""
+        """What the states tell of `z_0` (row 0) or `r_t / g_t` (row 1): `[R, S, C]`."""
         assert self.estimates is not None
         weights = self.estimates[timesteps.clamp(min=0), row]
         x_t, x_T = latents.chunk(2, dim=-1)

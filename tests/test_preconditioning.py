@@ -49,7 +49,7 @@ def make_model(images, std=0.2, **variant):
     model = Transformer(TransformerConfig(**SHAPE, **{**ON, **variant}), V.size + 8, 4, 3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
-    model.know_codes(images.codebook.codes, images.estimates)
+    model.know_codes(images.codebook.codes, images.estimates())
     return model
 
 
@@ -69,8 +69,9 @@ def test_coefficients_of_each_residual_by_hand():
     assert found == pytest.approx((1 / 3, -1 / 3, 0, 0))
 
 
+@pytest.mark.parametrize("sees", [True, False])
 @pytest.mark.parametrize(("kind", "eta"), KINDS)
-def test_guesses_are_the_best_that_are_linear(kind, eta):
+def test_guesses_are_the_best_that_are_linear(kind, eta, sees):
     """Against least squares over walks of normal latents by a codebook that was fitted to them."""
     torch.manual_seed(0)
     trajectory, generator = trajectory_of(kind, eta), torch.Generator().manual_seed(0)
@@ -83,14 +84,15 @@ def test_guesses_are_the_best_that_are_linear(kind, eta):
         for timestep in range(4, 0, -1):
             residual = trajectory.residual(latents, noise, state, timestep)
             state = state + fit.observe(residual, timestep, generator)
-    table = estimates(trajectory, codebook)
+    table = estimates(trajectory, codebook, sees)
+    assert sees or not table[..., 1].any()
     latents, noise = torch.randn(shape[1:]), torch.randn(shape)
     start = trajectory.start(noise).flatten()
     for timestep, state, residual, _ in walk(trajectory, codebook, latents, noise):
         if timestep == 4:
             assert not table[4, 0].any()  # nothing tells of the latent
             continue
-        seen = torch.stack([state.flatten(), start], 1)
+        seen = torch.stack([state.flatten(), start if sees else torch.zeros_like(start)], 1)
         wanted = [latents.flatten(), residual.flatten() / codebook.gains[timestep - 1]]
         for guess, true in zip(table[timestep], wanted, strict=True):
             solved = torch.linalg.lstsq(seen, true[:, None], driver="gelsd").solution[:, 0]
@@ -111,7 +113,7 @@ def test_guesses_follow_from_the_codes_while_a_model_is_built_elsewhere(images):
     made = image_tokenizer.ImageTokenizer(images.config)  # in memory, not loaded
     made.load_state_dict(images.state_dict())
     with torch.device("meta"):
-        found = made.estimates
+        found = made.estimates()
     assert torch.equal(found, estimates(images.trajectory, images.codebook))
 
 
@@ -124,7 +126,7 @@ def test_codes_are_normally_distributed_about_the_guess(images):
     states = torch.randn(4, 2, 2, 4)
     hidden = model(rows_of(states, (2,)))[0]
     log_p = model.logits(hidden[3:7])[:, -16:].log_softmax(-1)
-    weights = images.estimates[2, 1]
+    weights = images.estimates()[2, 1]
     guess = (weights[0] * states[2] + weights[1] * states[3]).view(4, 1, 4)
     wanted = torch.distributions.Normal(guess, 1.7**-0.5).log_prob(codes).sum(-1).log_softmax(-1)
     torch.testing.assert_close(log_p, wanted, atol=1e-4, rtol=1e-4)
@@ -132,6 +134,16 @@ def test_codes_are_normally_distributed_about_the_guess(images):
     some = slice(V.text_size, len(model.table.weight) - 5)
     torch.testing.assert_close(model.logits(hidden, some), model.logits(hidden)[:, some])
     assert model.logits(hidden, slice(5)).shape == (32, 5)
+
+
+def test_a_preconditioned_model_can_be_blind_to_the_start_noise(images):
+    model = make_model(images, sees_start_noise=False)
+    model.know_codes(images.codebook.codes, images.estimates(sees_start_noise=False))
+    states = torch.randn(4, 2, 2, 4)
+    other = states.clone()
+    other[3] = torch.randn(2, 2, 4)
+    scores = [model.logits(model(rows_of(s, (2,)))[0, 3:7]) for s in (states, other)]
+    assert torch.equal(*scores)
 
 
 def test_waves_tell_places_apart():
@@ -218,10 +230,6 @@ def test_what_does_not_go_together_is_refused(tiny_recipe, tiny_tokenizers, tmp_
             recipe.load(ModelRecipe, tiny_recipe, list(overrides))
 
     refused("it needs code_geometry", "model.preconditioning=true")
-    refused(
-        "sees_start_noise: true",
-        *("model.preconditioning=true", "model.code_geometry=true", "model.sees_start_noise=false"),
-    )
     refused("needs norm_inputs", "model.places=true", "model.norm_inputs=false")
     refused("soft_labels compares codes by their vectors", "train.soft_labels=1.0")
     old = image_tokenizer.load(tiny_tokenizers / "image")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,11 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     before = (out / "results.jsonl").read_bytes()
     assert run_sweep(spec.load(path), out, None, silent)  # nothing is left to measure
     assert (out / "results.jsonl").read_bytes() == before
+    of_before = re.sub(rb', "expected_steps": 0', b"", before)
+    assert len(of_before) < len(before)
+    (out / "results.jsonl").write_bytes(of_before)  # a line of a time that had no such key
+    assert run_sweep(spec.load(path), out, None, silent)
+    assert (out / "results.jsonl").read_bytes() == of_before
     with pytest.raises(CheckpointError, match=r"tflops=0\.0002, not 0\.5"):
         run_sweep(spec.load(tiny_sweep(tflops=0.5)), out, None, silent)
 

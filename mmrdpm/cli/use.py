@@ -8,7 +8,6 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 from PIL import Image
 from rich.console import Console
@@ -18,7 +17,6 @@ from mmrdpm import api
 from mmrdpm.cli.common import Commands, command, count, model_option
 from mmrdpm.data.pictures import contact_sheet, open_picture, save_picture, to_square
 from mmrdpm.errors import UsageError
-from mmrdpm.sampling.image import Codes
 
 _AT_ONCE = 128  # pictures drawn before they are saved: whole groups, of whatever device
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -38,14 +36,15 @@ def add(commands: Commands) -> None:
         type=float,
         help=f"how strongly the words count, 1 is off{own}",
     )
-    p.add_argument(
-        "--codes",
-        choices=get_args(Codes),
-        help=f"draw codes, or add the mean of all by their probabilities{own}",
-    )
     p.add_argument("--temperature", type=float, help=f"0 takes the likeliest codes{own}")
     p.add_argument("--top-k", type=int, help=f"draw among the k likeliest codes{own}")
     p.add_argument("--top-p", type=float, help=f"draw among the likeliest of this share{own}")
+    p.add_argument(
+        "--expected-steps",
+        type=int,
+        metavar="N",
+        help=f"the last N steps add the mean of all codes in place of one that is drawn{own}",
+    )
     p.add_argument("--trace", action="store_true", help="save every step, as a strip and a GIF")
     p.add_argument("--out", type=Path, default=Path(), metavar="DIR|FILE.png", help="default: here")
 
@@ -71,7 +70,7 @@ def generate(options: argparse.Namespace) -> None:
     model = api.load(options.model)
     how = {
         name: value
-        for name in ("guidance_scale", "codes", "temperature", "top_k", "top_p")
+        for name in ("guidance_scale", "temperature", "top_k", "top_p", "expected_steps")
         if (value := getattr(options, name)) is not None
     }
     jobs = [(p, options.seed + j) for p in options.prompts for j in range(options.n)]

@@ -77,9 +77,9 @@ class Codebook(nn.Module):
         return self.gains[timestep - 1] * self.table(timestep)[code_indices]
 
     def expected(self, probabilities: Tensor, timestep: int) -> Tensor:
-        """`g_t sum_k p_k e_k`: float32 `[..., C]` for probabilities `[..., K_t]`."""
-        table = self.table(timestep)
-        return self.gains[timestep - 1] * (probabilities.to(table.dtype) @ table)
+        """`g_t sum_k p_k e_k`: float32 `[..., C]` for float32 probabilities `[..., K_t]`."""
+        with torch.autocast(probabilities.device.type, enabled=False):
+            return self.gains[timestep - 1] * (probabilities @ self.table(timestep))
 
 
 def _check_sizes(sizes: Sequence[int], num_timesteps: int, size: int, per_step: bool) -> None:

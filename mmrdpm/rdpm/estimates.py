@@ -1,6 +1,6 @@
-"""What the states `x_t` and `x_T` alone tell of the latent and of the next residual.
+"""What the states `x_t` and `x_T`, or `x_t` alone, tell of the latent and of the next residual.
 
-Both are the best linear guesses where a latent is `z_0 ~ N(0, 1)` per channel, as latents are
+They are the best linear guesses where a latent is `z_0 ~ N(0, 1)` per channel, as latents are
 normalised to be, and independent of the noise. Every trajectory's residual is linear,
 
     r_t = a z_0 + b x_t + c x_T + noise of variance f,
@@ -11,6 +11,9 @@ of it `k r_t` + an error of variance `k (1 - k) g_t^2`. Thus the states are
 `x_t = A z_0 + B x_T + error of variance V`, with A = V = 0 and B = 1 at T, and at t - 1
 
     A' = (1 + k b) A + k a,  B' = (1 + k b) B + k c,  V' = (1 + k b)^2 V + k^2 f + k (1 - k) g_t^2.
+
+Who sees `x_T` subtracts `B x_T`; to who does not it is another error, of variance `B^2`, and
+`x_t` itself the guess of it.
 
 A network that is given the guesses has little but the latent to find, and little noise to see
 through (as the preconditioning of Karras et al. 2022, arXiv 2206.00364, section 5, has it for a
@@ -26,8 +29,8 @@ from mmrdpm.rdpm.codebook import Codebook
 from mmrdpm.rdpm.trajectory import Trajectory
 
 
-def estimates(trajectory: Trajectory, codebook: Codebook) -> Tensor:
-    """The guesses of every timestep as weights of `(x_t, x_T)`.
+def estimates(trajectory: Trajectory, codebook: Codebook, sees_start_noise: bool = True) -> Tensor:
+    """The guesses of every timestep as weights of `(x_t, x_T)`, the latter 0 where it is unseen.
 
     Returns:
         float32 `[T + 1, 2, 2]`: of timestep t, row 0 guesses `z_0` and row 1 `r_t / g_t`, which is
@@ -37,13 +40,21 @@ def estimates(trajectory: Trajectory, codebook: Codebook) -> Tensor:
     if codebook.codes.is_meta:
         return table.to("meta")
     k = _mean_square(codebook)
+    noise_at_start = 1.0 if trajectory.start(torch.ones(trajectory.num_noises)) else 0.0
     of_latent, of_start, error = 0.0, 1.0, 0.0  # A, B, V
     for timestep in range(trajectory.num_timesteps, 0, -1):
         a, b, c, fresh = coefficients(trajectory, timestep)
         gain = codebook.gains[timestep - 1].item()
-        weight = _weight(of_latent, error)
-        table[timestep, 0] = torch.tensor([weight, -weight * of_start])
-        table[timestep, 1] = torch.tensor([b + a * weight, c - a * weight * of_start]) / gain
+        if sees_start_noise:
+            weight = _weight(of_latent, error)
+            latent, start = (weight, -weight * of_start), (0.0, 1.0)
+        else:
+            spread = error + of_start**2 * noise_at_start
+            latent = (_weight(of_latent, spread), 0.0)
+            start = (of_start * noise_at_start / max(of_latent**2 + spread, 1e-12), 0.0)
+        table[timestep, 0] = torch.tensor(latent)
+        residual = [a * of_z + c * of_x for of_z, of_x in zip(latent, start, strict=True)]
+        table[timestep, 1] = torch.tensor([b + residual[0], residual[1]]) / gain
         stays = 1 + k * b
         of_latent, of_start = stays * of_latent + k * a, stays * of_start + k * c
         error = stays**2 * error + k**2 * fresh + k * (1 - k) * gain**2

@@ -109,11 +109,10 @@ class ImageTokenizer(nn.Module):
     def image_size(self) -> int:
         return self.config.autoencoder.image_size
 
-    @property
-    def estimates(self) -> Tensor:
+    def estimates(self, sees_start_noise: bool = True) -> Tensor:
         """See `estimates.estimates`, float32 `[T + 1, 2, 2]`."""
         with torch.device("cpu"):  # a model may be being built on another device
-            return estimates(self.trajectory, self.codebook)
+            return estimates(self.trajectory, self.codebook, sees_start_noise)
 
     def noise(self, seeds: Sequence[int], grid: Sequence[int] | None = None) -> Tensor:
         """The noise of token records: float32 `[num_noises, B, *grid, C]`, by default square.

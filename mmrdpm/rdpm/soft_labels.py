@@ -1,50 +1,51 @@
-"""Labels of codes that say where a residual lies, and how long their mean is."""
+"""Labels of codes that say where a residual lies, and how short their mean is."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_SAMPLED = 256  # codes, from which the length of a mean is known to about a hundredth
+_SAMPLED = 512  # codes, from which the factor is known to a few hundredths
 
 
-def soft_labels(residuals: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """Probabilities of codes, in proportion to `exp(-||r - e_k||^2 / temperature)`.
+def soft_labels(residuals: Tensor, codes: Tensor, tau: float) -> Tensor:
+    """Probabilities of codes, in proportion to `exp(-||r - e_k||^2 / tau)`.
 
     Lee et al. 2022, arXiv 2203.01941, section 3.2.
 
     Args:
         residuals: of mean square 1, as `r_t / g_t`, `[..., C]`.
         codes: `[K, C]`.
-        temperature: above 0.
+        tau: above 0.
 
     Returns:
         `[..., K]`.
     """
     # without the term in r alone, which is the same for all codes
-    near = (2 * residuals @ codes.T - codes.square().sum(1)) / temperature
+    near = (2 * residuals @ codes.T - codes.square().sum(1)) / tau
     return near.softmax(-1)
 
 
-def shortening(codes: Tensor, temperature: float) -> float:
-    """How many times longer the nearest code is than the mean code of soft labels.
+def lengthening(codes: Tensor, tau: float) -> float:
+    """By how much the mean code of soft labels is to be lengthened to be as long as the nearest.
 
     The least-squares factor `E[<n, m>] / E[<m, m>]` between the nearest code n of a residual and
-    the mean m of its soft labels; 1 where labels are hard. Residuals are taken as they lie in the
-    codes' cells: a code is the mean of its cell, so with k the codes' mean square they have a
-    variance of 1 - k about it. A quarter of a thousand of them, from a fixed seed, on the CPU.
+    the mean m of its soft labels; 1 where labels are hard. Residuals are taken as normal about the
+    codes: a code is the mean of its cell, so with k the codes' mean square the variance is 1 - k.
+    (Real residuals lie a little farther apart: 5% more at tau 2, see the test.) From a fixed seed,
+    on the CPU.
 
     Args:
         codes: `[K, C]`, shared by all timesteps.
-        temperature: of the soft labels, 0 for hard ones.
+        tau: of the soft labels, 0 for hard ones.
     """
-    if not temperature:
+    if not tau:
         return 1.0
-    codes = codes.float().cpu()
+    codes = codes.double().cpu()
     few = codes[:: -(-len(codes) // _SAMPLED)]
     spread = (1 - few.square().mean()).clamp(min=0).sqrt()
-    noise = torch.randn(few.shape, generator=torch.Generator().manual_seed(0))
-    residuals = few + spread * noise
-    means = soft_labels(residuals, codes, temperature) @ codes
+    generator = torch.Generator().manual_seed(0)
+    residuals = few + spread * torch.randn(few.shape, generator=generator, dtype=few.dtype)
+    means = soft_labels(residuals, codes, tau) @ codes
     nearest = codes[torch.cdist(residuals, codes).argmin(1)]
     return ((nearest * means).sum() / means.square().sum().clamp(min=1e-12)).item()

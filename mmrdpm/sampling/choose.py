@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from mmrdpm.errors import UsageError
 
@@ -47,21 +46,15 @@ def choose(logits: Tensor, choice: Choice, generators: Sequence[torch.Generator]
     """
     if choice.temperature == 0:
         return logits.argmax(-1)
-    reached = probabilities(logits, choice).cumsum(-1)
+    logits = logits.double()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / choice.temperature  # the largest is 0
+    kept = keep(scaled, choice.top_k, choice.top_p)
+    reached = kept.softmax(-1).cumsum(-1)
     shape = (*logits.shape[1:-1], 1)
     uniform = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
     drawn = torch.stack(uniform).to(logits.device) * reached[..., -1:]
     # the first id whose cumulative probability is above the draw: never one that was dropped
     return torch.searchsorted(reached, drawn, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
-
-
-def probabilities(logits: Tensor, choice: Choice) -> Tensor:
-    """`softmax(logits / temperature)` over what top-k and top-p keep: float64 `[..., V]`."""
-    if choice.temperature == 0:
-        return one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    logits = logits.double()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / choice.temperature  # the largest is 0
-    return keep(scaled, choice.top_k, choice.top_p).softmax(-1)
 
 
 def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:

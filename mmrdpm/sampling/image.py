@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -25,9 +24,9 @@ from mmrdpm import machine
 from mmrdpm.document import TextSegment, grid_positions, pack
 from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
-from mmrdpm.rdpm.soft_labels import shortening
+from mmrdpm.rdpm.soft_labels import lengthening
 from mmrdpm.sampling.cache import Cache
-from mmrdpm.sampling.choose import Choice, choose, probabilities
+from mmrdpm.sampling.choose import Choice, choose
 from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
@@ -42,7 +41,6 @@ the first ones of a training are zeros, whose sums agree in any order."""
 
 
 GuidanceSchedule = Literal["constant", "rising", "falling"]
-Codes = Literal["drawn", "expected"]
 
 
 @dataclass(frozen=True)
@@ -54,25 +52,27 @@ class Guided(Choice):
             2022, arXiv 2207.12598, eq. 6 with s = w + 1); 1 is off.
         guidance_schedule: the scale at every step alike, or on a straight line over the steps,
             `rising` from 1 or `falling` to 1.
-        codes: what a step adds: a code that is `drawn`, or the `expected` one, the mean of all
-            codes by their probabilities. That is the flow's own step (an image then follows from
-            its start noise alone) without the error of a code, and goes with temperature 1.
+        expected_steps: how many of the last steps add, in place of a code that is drawn, the mean
+            of all codes by their probabilities: the error of a code is then not left. What was not
+            decided before them is averaged, so that a few leave an image its variety and all of
+            them (T or more) next to none. Temperature, top-k and top-p are not of these steps.
     """
 
     guidance_scale: float = field(default=3.0, metadata={"min": 0.0})
     guidance_schedule: GuidanceSchedule = "constant"
-    codes: Codes = "drawn"
+    expected_steps: int = field(default=0, metadata={"min": 0})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, kind in (("guidance_schedule", GuidanceSchedule), ("codes", Codes)):
-            if (value := getattr(self, key)) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise UsageError(f"{key.replace('_', ' ')} {value!r}: choose one of {known}")
+        if self.guidance_schedule not in get_args(GuidanceSchedule):
+            known = ", ".join(get_args(GuidanceSchedule))
+            raise UsageError(f"guidance schedule {self.guidance_schedule!r}: choose one of {known}")
         if not 0 <= self.guidance_scale <= MOST_GUIDANCE:
             raise UsageError(
                 f"guidance scale {self.guidance_scale}: it must be from 0 to {MOST_GUIDANCE:g}"
             )
+        if self.expected_steps < 0:
+            raise UsageError(f"expected steps {self.expected_steps}: it must be 0 or more")
 
     def at(self, scale: float | None) -> Guided:
         """The same at another guidance scale; None leaves it."""
@@ -106,12 +106,14 @@ def sample_images(
     """One image per request.
 
     Args:
-        soft_labels: temperature of the labels that the model learned codes from, 0 for hard ones.
+        soft_labels: those that the model learned codes from, see `objective.loss`. Their mean is
+            shorter than the codes that states moved by, which expected steps make up for.
 
     Returns:
         Every state, float32 `[T + 1, B, *grid, C]`, row 0 the images' latents.
     """
-    sampler = Sampler(model, tokenizer, vocabulary, how, soft_labels)
+    length = lengthening(tokenizer.codebook.codes[0], soft_labels) if how.expected_steps else 1.0
+    sampler = Sampler(model, tokenizer, vocabulary, how, length)
     shape = (tokenizer.num_timesteps + 1, len(requests), *tokenizer.grid, tokenizer.latent_channels)
     states = model.table.weight.new_empty(shape, dtype=torch.float32)
     groups = sampler.groups(requests)
@@ -123,13 +125,17 @@ def sample_images(
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws groups of images whose prompts have one padded length."""
+    """Draws groups of images whose prompts have one padded length.
+
+    Attributes:
+        length: of expected steps, as a multiple of the mean code.
+    """
 
     model: Transformer
     tokenizer: ImageTokenizer
     vocabulary: Vocabulary
     how: Guided
-    soft_labels: float = 0.0
+    length: float = 1.0
 
     @torch.inference_mode()
     def draw_all(self, groups: Sequence[Sequence[Request]]) -> list[Tensor]:
@@ -164,20 +170,12 @@ class Sampler:
     def _step(self, logits: Tensor, timestep: int, generators: Sequence[torch.Generator]) -> Tensor:
         """What a step adds at every position, `[G, N, C]`, for scores `[G, N, K_t]`."""
         codebook = self.tokenizer.codebook
-        if self.how.codes == "drawn":
+        if timestep > self.how.expected_steps:
             return codebook.lookup(choose(logits, self.how, generators), timestep)
-        # image by image, in products of one shape, so that no image depends on its company
-        means = [codebook.expected(probabilities(one, self.how), timestep) for one in logits]
-        return self._length * torch.stack(means)
-
-    @cached_property
-    def _length(self) -> float:
-        """What makes the mean as long as the codes that states have moved by in training.
-
-        Scores divided by a temperature are those of labels that are as much harder.
-        """
-        temperature = self.soft_labels * self.how.temperature
-        return shortening(self.tokenizer.codebook.codes[0], temperature)
+        probabilities = logits.float().softmax(-1)
+        # a product for each image where groups differ in size, so that its shape is always one
+        parts = probabilities.split(1) if self._on_cpu else (probabilities,)
+        return self.length * torch.cat([codebook.expected(part, timestep) for part in parts])
 
     def groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests, a group a list; one that is not full repeats its last request."""

@@ -24,6 +24,7 @@ from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.evaluation.figure import digest
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.objective import loss
+from mmrdpm.sampling.image import Guided
 from mmrdpm.sweep import spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import report
@@ -109,6 +110,8 @@ def _identity(sweep: Sweep, variant: Variant, seed: int, images: Path | None) ->
 
 
 def _check_same(known: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    of_then = recipes.from_dict(Guided, known.get("sampling") or {}, f"{path}: sampling")
+    known = {**known, "sampling": recipes.to_dict(of_then)}  # keys of later have their defaults
     for key, value in identity.items():
         if known.get(key) != value:
             raise CheckpointError(

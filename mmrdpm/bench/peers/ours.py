@@ -38,13 +38,15 @@ class Ours(Peer):
             shape.heads,
             shape.heads,
             shape.ffn,
+            sees_start_noise=shape.sees_start_noise,
             noise_pool=shape.noise_pool,
             code_geometry=True,
             preconditioning=shape.preconditioning,
             places=shape.places,
         )
         self.soft_labels, self.steps_per_image = shape.soft_labels, shape.steps_per_image
-        self.codes, self.draws_codes = shape.codes, shape.codes == "drawn"
+        self.expected_steps = shape.expected_steps
+        self.draws_codes = shape.expected_steps < scene.images.num_timesteps
         if self.soft_labels:
             check_soft_labels("ours.soft_labels", scene.images.codebook)
         self.scene = scene
@@ -82,7 +84,9 @@ class Ours(Peer):
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
         warmth = how.warmth if self.draws_codes else 1.0
-        guided = Guided(warmth, guidance_scale=how.guidance_scale, codes=self.codes)
+        guided = Guided(
+            warmth, guidance_scale=how.guidance_scale, expected_steps=self.expected_steps
+        )
         seeds = torch.randint(2**62, (len(captions),)).tolist()
         requests = [Request(*pair) for pair in zip(captions, seeds, strict=True)]
         model = (self.transformer, self.images, self.vocabulary)

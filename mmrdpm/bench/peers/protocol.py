@@ -24,7 +24,7 @@ from mmrdpm.machine import Precision
 from mmrdpm.model_recipe import Tokenizers
 from mmrdpm.optim import OptimizerConfig
 from mmrdpm.rdpm import image_tokenizer
-from mmrdpm.sampling.image import MOST_GUIDANCE, Codes
+from mmrdpm.sampling.image import MOST_GUIDANCE
 
 Caption = tuple[int, ...]
 """The text ids of a caption; () where it is dropped."""
@@ -66,17 +66,18 @@ class OurShape(Shape):
     """What can be chosen of ours besides.
 
     Attributes:
-        preconditioning, places: see `TransformerConfig`.
+        preconditioning, places, sees_start_noise: see `TransformerConfig`.
         soft_labels: see `objective.loss`.
         steps_per_image: timesteps of a picture that one update learns, all where it has fewer.
-        codes: see `Guided`; expected ones are judged at temperature 1.
+        expected_steps: see `Guided`; where it is all steps there is no temperature.
     """
 
     preconditioning: bool = False
     places: bool = False
+    sees_start_noise: bool = True
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
     steps_per_image: int = field(default=4, metadata={"min": 1})
-    codes: Codes = "drawn"
+    expected_steps: int = field(default=0, metadata={"min": 0})
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,6 @@ class PeerBench:
             preconditioning=True,
             places=True,
             soft_labels=2.0,
-            codes="expected",
         )
     )
     flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, 64, steps=(50, 10)))
