@@ -1,8 +1,10 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import mmrdpm
@@ -121,6 +123,15 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
 def test_calls_that_make_no_sense_are_refused(model, call, says):
     with pytest.raises(UsageError, match=says):
         call(model)
+
+
+def test_a_model_of_before_a_key_was_added_is_as_it_was(tmp_path, tiny_run):
+    folder = shutil.copytree(tiny_run, tmp_path / "old")
+    spec = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del spec["sampling"]["expected_steps"], spec["train"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(spec))
+    model = mmrdpm.load(folder)
+    assert (model.soft_labels, model.sampling.expected_steps) == (0.0, 0)
 
 
 def test_models_that_cannot_be_loaded_are_refused(tmp_path, tiny_run):

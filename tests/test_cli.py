@@ -60,6 +60,14 @@ def test_generate_prints_the_paths_it_wrote_and_nothing_else(run, tiny_run, tmp_
     assert (tmp_path / "b.png").read_bytes() == first
 
 
+def test_the_last_steps_can_be_expected(run, tiny_run, tmp_path):
+    for name, steps in (("none", 0), ("last", 1), ("all", 3)):
+        how = ("--seed", 3, "--expected-steps", steps, "--out", tmp_path / f"{name}.png")
+        assert run("generate", "cat", "--model", tiny_run, *how)[0] == 0
+    assert len({(tmp_path / f"{n}.png").read_bytes() for n in ("none", "last", "all")}) == 3
+    assert_mistake(run("generate", "cat", "--model", tiny_run, "--expected-steps", -1), "0 or more")
+
+
 def test_trace_saves_every_step_as_a_strip_and_a_film(run, tiny_run):
     status, out, _ = run("generate", "cat", "--model", tiny_run, "--trace")
     picture, strip, film = out.splitlines()

@@ -247,6 +247,7 @@ def test_plans_and_figures_of_codes_know_it(tiny_recipe, tmp_path):
     loaded = recipe.load(ModelRecipe, tiny_recipe, overrides)
     assert train(loaded, tmp_path / "run")
     model = mmrdpm.load(tmp_path / "run")
+    assert model.soft_labels == Trainer(loaded, tmp_path / "again").model().soft_labels == 2.0
     parameters = sum(p.numel() for p in model.transformer.parameters())
     assert make_plan(loaded, 1, "cpu").parameters == parameters
     found = information(model, batches=1, joint_steps=2, seed=0)
