@@ -1,6 +1,6 @@
 """How different the pictures of one caption are, of peers that `mmrdpm bench peers` has trained.
 
-    python scripts/peer_variety.py runs/peers-emoji ours [scales ...]
+    python scripts/peer_variety.py runs/peers-emoji ours [scales ...] [key=value ...]
 
 Draws 100 of the judged concepts with four seeds each by the last checkpoint, at the first of
 its numbers of steps, with the guidance scale and temperature that named most, and prints the mean
@@ -27,8 +27,8 @@ from mmrdpm.evaluation import drawn
 CONCEPTS, SEEDS = 100, 4
 
 
-def main(out: Path, names: list[str]) -> None:
-    loaded = recipe_of(out)
+def main(out: Path, names: list[str], overrides: list[str]) -> None:
+    loaded = recipe_of(out, overrides)
     machine.prepare(loaded.equal.threads)
     scene = Scene(loaded)
     quality = Quality(scene, loaded.judging, drawn.emoji_judge())
@@ -39,7 +39,8 @@ def main(out: Path, names: list[str]) -> None:
         peer = Trainer.trained(name, loaded, scene, out).peer
         last = read(out / name / "curve.json")["points"][-1]
         best = report.best(last, peer.steps[0])
-        how = How(best["steps"], best["guidance_scale"], best["temperature"])
+        temperature = best["temperature"] or loaded.judging.temperatures[0]
+        how = How(best["steps"], best["guidance_scale"], temperature if peer.draws_codes else None)
         captions = [scene.captions[i] for i in quality.group.indices[:CONCEPTS]]
         torch.manual_seed(loaded.judging.seed)
         by_seed = []
@@ -54,6 +55,9 @@ def main(out: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder of mmrdpm bench peers")
-    parser.add_argument("names", nargs="+", metavar="PEER")
+    parser.add_argument("names", nargs="+", metavar="PEER|key=value")
     given = parser.parse_args()
-    sys.exit(status_of(lambda: main(given.out, given.names)))
+    peers = [word for word in given.names if "=" not in word]
+    peers = peers or parser.error("name a peer")
+    overrides = [word for word in given.names if "=" in word]
+    sys.exit(status_of(lambda: main(given.out, peers, overrides)))

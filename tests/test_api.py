@@ -112,6 +112,7 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
         (lambda m: m.complete("a", max_tokens=0), "at least 1"),
         (lambda m: m.generate(["a"], guidance_schedule="odd"), "choose one of"),
         (lambda m: m.generate(["a"], expected_steps=-1), "expected steps -1"),
+        (lambda m: m.generate(["a"], expected_steps=1.5), "whole number"),
         (lambda m: m.caption(Image.new("RGB", (4, 4))), "list of pictures"),
         (lambda m: m.generate(["a"], temperature=-1.0), "temperature -1.0"),
         (lambda m: m.generate(["a"], guidance=2.0), "guidance"),

@@ -65,7 +65,9 @@ def test_the_last_steps_can_be_expected(run, tiny_run, tmp_path):
         how = ("--seed", 3, "--expected-steps", steps, "--out", tmp_path / f"{name}.png")
         assert run("generate", "cat", "--model", tiny_run, *how)[0] == 0
     assert len({(tmp_path / f"{n}.png").read_bytes() for n in ("none", "last", "all")}) == 3
-    assert_mistake(run("generate", "cat", "--model", tiny_run, "--expected-steps", -1), "0 or more")
+    assert_mistake(
+        run("generate", "cat", "--model", tiny_run, "--expected-steps", -1), "steps -1: it must"
+    )
 
 
 def test_trace_saves_every_step_as_a_strip_and_a_film(run, tiny_run):

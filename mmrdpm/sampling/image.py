@@ -71,8 +71,10 @@ class Guided(Choice):
             raise UsageError(
                 f"guidance scale {self.guidance_scale}: it must be from 0 to {MOST_GUIDANCE:g}"
             )
-        if self.expected_steps < 0:
-            raise UsageError(f"expected steps {self.expected_steps}: it must be 0 or more")
+        if self.expected_steps < 0 or self.expected_steps % 1:
+            raise UsageError(
+                f"expected steps {self.expected_steps}: it must be a whole number, 0 or more"
+            )
 
     def at(self, scale: float | None) -> Guided:
         """The same at another guidance scale; None leaves it."""

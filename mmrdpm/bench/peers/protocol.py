@@ -163,7 +163,9 @@ class PeerBench:
             steps_per_image=1,
             preconditioning=True,
             places=True,
+            sees_start_noise=False,
             soft_labels=2.0,
+            expected_steps=10,
         )
     )
     flow: Shape = field(default_factory=lambda: Shape(4, 264, 4, 1056, 64, steps=(50, 10)))
