@@ -27,9 +27,9 @@ from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.pictures import to_pictures, to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, length, pack
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
-from mmrdpm.objective import check_soft_labels
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
+from mmrdpm.rdpm.soft_labels import lengthening
 from mmrdpm.sampling.choose import Choice
 from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.sampling.text import sample_text, text_log_likelihood
@@ -65,7 +65,8 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     context = data.get("seq_len") if isinstance(data, dict) else None
     if not isinstance(context, int):
         raise CheckpointError(f"{spec}: data.seq_len must be an integer: the recipe is damaged")
-    soft_labels = train.get("soft_labels", 0.0) if isinstance(train, dict) else 0.0
+    # recipes of before labels could be soft have no such key, but all have the section
+    soft_labels: Any = train.get("soft_labels", 0.0) if isinstance(train, dict) else None
     if type(soft_labels) not in (int, float) or not 0 <= soft_labels < math.inf:
         raise CheckpointError(
             f"{spec}: train.soft_labels must be a number, 0 or more: the recipe is damaged"
@@ -73,27 +74,42 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     images = image_tokenizer.load(folder / IMAGE_TOKENIZER)
     texts = text_tokenizer.load(folder / TEXT_TOKENIZER)
     vocabulary = Vocabulary(texts.size, images.codebook_size)
-    transformer = build(config, vocabulary, images)
+    transformer = build(config, vocabulary, images, soft_labels)
     check_identity(path, images, texts)
     weights.load_into(transformer, path)
     transformer.eval().requires_grad_(False)
-    if soft_labels:
-        check_soft_labels(f"{spec}: train.soft_labels", images.codebook)
-    loaded = Model(transformer, images, texts, sampling, context, soft_labels)
-    return loaded.to(machine.device())
+    return Model(transformer, images, texts, sampling, context).to(machine.device())
 
 
-def build(config: TransformerConfig, vocabulary: Vocabulary, images: ImageTokenizer) -> Transformer:
-    """A fresh transformer that fits the tokenizers; images then begin with noise that it knows."""
+def build(
+    config: TransformerConfig,
+    vocabulary: Vocabulary,
+    images: ImageTokenizer,
+    soft_labels: float = 0.0,
+) -> Transformer:
+    """A fresh transformer that fits the tokenizers; images then begin with noise that it knows.
+
+    Args:
+        soft_labels: of the codes that it learns or has learned, see `objective.loss`.
+
+    Raises:
+        RecipeError: the codebook does not suit what the model is to know of it.
+    """
     if config.preconditioning and images.codebook.per_step:
         raise RecipeError(
             "model.preconditioning: the image tokeniser has a codebook for each timestep, and"
             " scores begin from the vectors of one for all: set it to false"
         )
+    if soft_labels and images.codebook.per_step:
+        raise RecipeError(
+            "train.soft_labels: the image tokeniser has a codebook for each timestep, and labels"
+            " are softened in one for all: set it to 0"
+        )
     images.noise_pool = config.noise_pool
     channels, num_timesteps = images.latent_channels, images.num_timesteps
     transformer = Transformer(config, vocabulary.size, channels, num_timesteps)
     transformer.know_codes(images.codebook.codes, images.estimates(config.sees_start_noise))
+    transformer.lengthening = lengthening(images.codebook.codes[0], soft_labels)
     return transformer
 
 
@@ -139,7 +155,6 @@ class Model:
     Attributes:
         sampling: what `generate` uses where it is not told otherwise.
         context: the most tokens that a document may take.
-        soft_labels: of the codes that it learned, see `objective.loss`.
     """
 
     transformer: Transformer
@@ -147,7 +162,6 @@ class Model:
     texts: TextTokenizer
     sampling: Guided
     context: int
-    soft_labels: float = 0.0
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -245,8 +259,7 @@ class Model:
             raise UsageError(f"generate: {error}") from None
         captions = {prompt: self.prompt_ids(prompt) for prompt, _ in drawn}
         requests = [Request(captions[prompt], check_seed(seed)) for prompt, seed in drawn]
-        model = (self.transformer, self.images, self.vocabulary)
-        return sample_images(*model, requests, guided, self.soft_labels)
+        return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
 
     def _continue(
         self,

@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from mmrdpm.document import NO_TARGET, Packed
-from mmrdpm.errors import RecipeError
-from mmrdpm.rdpm.codebook import Codebook
-from mmrdpm.rdpm.soft_labels import soft_labels as softened
+from mmrdpm.rdpm.soft_labels import softened
 from mmrdpm.transformer import Transformer
 
 # Positions whose logits are computed at once. On a CPU those of one part stay in the cache, where
@@ -37,15 +35,6 @@ class Losses:
         """Mean loss of one timestep's targets, None where the batch has none."""
         chosen = self.per_token[self.timesteps == timestep]
         return chosen.mean().item() if len(chosen) else None
-
-
-def check_soft_labels(key: str, codebook: Codebook) -> None:
-    """Raises RecipeError, in the name of the recipe's key, where labels cannot be soft."""
-    if codebook.per_step:
-        raise RecipeError(
-            f"{key}: the image tokeniser has a codebook for each timestep, and labels are softened"
-            " in one for all: set it to 0"
-        )
 
 
 def summed_weights(packed: Packed, text_weight: float = 1.0) -> Tensor:

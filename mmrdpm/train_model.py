@@ -27,10 +27,11 @@ from mmrdpm.engine.shards import ShardWriter
 from mmrdpm.errors import CheckpointError, DataError, RecipeError, TrainingError
 from mmrdpm.model_recipe import MAY_CHANGE, ModelRecipe
 from mmrdpm.monitor import Monitor
-from mmrdpm.objective import check_soft_labels, summed_weights
+from mmrdpm.objective import summed_weights
 from mmrdpm.optim import Average, Optimizers, learning_rate
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.samples import sample
+from mmrdpm.transformer import Transformer
 from mmrdpm.vocabulary import Vocabulary
 
 
@@ -125,13 +126,11 @@ class Trainer:
         self.images = image_tokenizer.load(self.tokenizers[IMAGE_TOKENIZER][0]).to(self.device)
         self.texts = text_tokenizer.load(self.tokenizers[TEXT_TOKENIZER][0])
         self.vocabulary = Vocabulary(self.texts.size, self.images.codebook_size)
-        if plan.soft_labels:
-            check_soft_labels("train.soft_labels", self.images.codebook)
         self.dtype = machine.matrix_dtype(plan.precision, self.device)
         head_dim, length = model.head_dim, recipe.data.seq_len
         self.attention = backend.resolve(plan.attention, self.device, head_dim, length)
         with torch.device("meta"):
-            self.transformer = build(recipe.model, self.vocabulary, self.images)
+            self.transformer = self._built()
         self.transformer.plan = backend.planner(self.attention)
         self.transformer.recompute = plan.recompute
         self.parameters = sum(p.numel() for p in self.transformer.parameters())
@@ -324,10 +323,14 @@ class Trainer:
         """The model as it stands, its weights averaged if they are, to sample from."""
         transformer, recipe = self.transformer, self.recipe
         if averaged and self.average:
-            transformer = build(recipe.model, self.vocabulary, self.images).to(self.device)
+            transformer = self._built().to(self.device)
             weights.fill(transformer, self.average.tensors)
-        how = (recipe.sampling, recipe.data.seq_len, recipe.train.soft_labels)
-        return Model(transformer, self.images, self.texts, *how)
+        return Model(transformer, self.images, self.texts, recipe.sampling, recipe.data.seq_len)
+
+    def _built(self) -> Transformer:
+        """A fresh transformer of the recipe."""
+        recipe = self.recipe
+        return build(recipe.model, self.vocabulary, self.images, recipe.train.soft_labels)
 
     def check_prompts(self) -> None:
         """Raises UsageError where a prompt to sample is empty or too long."""

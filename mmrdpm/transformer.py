@@ -194,6 +194,7 @@ class Transformer(nn.Module):
         self.code_vectors: Tensor | None
         self.estimates: Tensor | None
         self.recompute = False  # whether layers are computed anew in the backward pass
+        self.lengthening = 1.0  # of the mean code that an expected step adds, see `soft_labels`
         self.table = nn.Embedding(vocab_size, config.width)
         both = config.sees_start_noise and not config.preconditioning
         seen = 2 * latent_channels if both else latent_channels

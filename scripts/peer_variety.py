@@ -3,7 +3,8 @@
     python scripts/peer_variety.py runs/peers-emoji ours [scales ...] [key=value ...]
 
 Draws 100 of the judged concepts with four seeds each by the last checkpoint, at the first of
-its numbers of steps, with the guidance scale and temperature that named most, and prints the mean
+its numbers of steps, with the guidance scale and temperature that named most (the first of
+`judging.temperatures` where it was judged without one), and prints the mean
 distance of two seeds' features beside that of the true pictures of two different concepts.
 """
 

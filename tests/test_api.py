@@ -129,10 +129,14 @@ def test_calls_that_make_no_sense_are_refused(model, call, says):
 def test_a_model_of_before_a_key_was_added_is_as_it_was(tmp_path, tiny_run):
     folder = shutil.copytree(tiny_run, tmp_path / "old")
     spec = yaml.safe_load((folder / "recipe.yaml").read_text())
-    del spec["sampling"]["expected_steps"], spec["train"]
+    del spec["sampling"]["expected_steps"], spec["train"]["soft_labels"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(spec))
     model = mmrdpm.load(folder)
-    assert (model.soft_labels, model.sampling.expected_steps) == (0.0, 0)
+    assert (model.transformer.lengthening, model.sampling.expected_steps) == (1.0, 0)
+    del spec["train"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(spec))
+    with pytest.raises(CheckpointError, match=r"train\.soft_labels must be a number"):
+        mmrdpm.load(folder)
 
 
 def test_models_that_cannot_be_loaded_are_refused(tmp_path, tiny_run):

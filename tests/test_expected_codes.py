@@ -16,8 +16,8 @@ from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.codebook import Codebook
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from mmrdpm.rdpm.soft_labels import lengthening, soft_labels
-from mmrdpm.sampling.image import Guided, Request, Sampler, sample_images
+from mmrdpm.rdpm.soft_labels import lengthening, softened
+from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.transformer import Transformer, TransformerConfig
 from mmrdpm.vocabulary import Vocabulary
 
@@ -52,8 +52,10 @@ def emoji():
 
 
 def draw(pair, *requests, labels=0.0, **how):
+    model, tokenizer = pair
+    model.lengthening = lengthening(tokenizer.codebook.codes[0], labels)
     how = Guided(**{"guidance_scale": 1.0, "expected_steps": 3, **how})
-    return sample_images(*pair, V, requests or [Request(CAPTION, 7)], how, labels)
+    return sample_images(model, tokenizer, V, requests or [Request(CAPTION, 7)], how)
 
 
 def scores(model, states, timestep):
@@ -65,7 +67,7 @@ def scores(model, states, timestep):
 
 def test_soft_labels_worked_by_hand():
     codes = torch.tensor([[1.0], [-1.0], [3.0]])
-    found = soft_labels(torch.tensor([[1.0], [0.0]]), codes, tau=2.0)
+    found = softened(torch.tensor([[1.0], [0.0]]), codes, tau=2.0)
     by_hand = [[1, math.exp(-2), math.exp(-2)], [math.exp(-0.5), math.exp(-0.5), math.exp(-4.5)]]
     by_hand = torch.tensor(by_hand)
     torch.testing.assert_close(found, by_hand / by_hand.sum(1, keepdim=True))
@@ -84,7 +86,7 @@ def test_the_length_of_a_mean_is_nearly_that_of_real_residuals(emoji):
     images, latents, seeds = emoji
     code_indices, states = images.encode_latents(latents, seeds)
     residuals, codes = images.residuals(latents, seeds, states), images.codebook.codes[0]
-    means = soft_labels(residuals, codes, 2.0) @ codes
+    means = softened(residuals, codes, 2.0) @ codes
     factor = (codes[code_indices] * means).sum() / means.square().sum()
     assert lengthening(codes, 2.0) == pytest.approx(factor.item(), rel=0.08)
 
@@ -160,13 +162,13 @@ def test_a_model_that_knows_the_residuals_moves_as_far_as_the_codes_and_ends_nea
     length = lengthening(codebook.codes[0], 2.0)
     for timestep in range(images.num_timesteps, 0, -1):
         residual = images.trajectory.residual(latents, noise, states[timestep], timestep)
-        labels = soft_labels(residual / codebook.gains[timestep - 1], codebook.codes[0], 2.0)
+        labels = softened(residual / codebook.gains[timestep - 1], codebook.codes[0], 2.0)
         mean = length * codebook.expected(labels, timestep)
         moved = states[timestep - 1] - states[timestep]
         assert (mean * moved).sum() / mean.square().sum() == pytest.approx(1, abs=0.1)
     ended = states[1] + mean
-    left = ((latents - each).square().mean() for each in (ended, states[0]))
-    assert next(left) < 0.7 * next(left)
+    left, left_by_codes = ((latents - each).square().mean() for each in (ended, states[0]))
+    assert left < 0.7 * left_by_codes
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +176,10 @@ def shipped_model():
     return mmrdpm.load("emoji-tiny")
 
 
-def test_a_shipped_model_knows_how_soft_its_labels_were(shipped_model, monkeypatch):
-    assert shipped_model.soft_labels == 2.0
+def test_a_shipped_model_knows_how_soft_its_labels_were(shipped_model):
+    codes = shipped_model.images.codebook.codes[0]
+    assert shipped_model.transformer.lengthening == lengthening(codes, 2.0) > 1.4
     assert shipped_model.sampling.expected_steps == 5
-    used = []
-    read = Sampler._read
-    monkeypatch.setattr(Sampler, "_read", lambda s, g: used.append(s.length) or read(s, g))
-    shipped_model.generate(["dog face"])
-    assert used == [lengthening(shipped_model.images.codebook.codes[0], 2.0)]
 
 
 def test_what_is_not_decided_is_averaged_and_the_first_steps_decide(shipped_model):
@@ -192,7 +190,7 @@ def test_what_is_not_decided_is_averaged_and_the_first_steps_decide(shipped_mode
     for steps in (10, 5, 0):
         how = replace(model.sampling, expected_steps=steps)
         together = (model.transformer, model.images, model.vocabulary, requests, how)
-        spread.append(sample_images(*together, model.soft_labels)[0].std(0).mean().item())
+        spread.append(sample_images(*together)[0].std(0).mean().item())
     assert spread[0] < 0.2 < 0.5 < spread[1]
     assert spread[1] > 0.7 * spread[2]
 

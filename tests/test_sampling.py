@@ -314,7 +314,7 @@ _LIKE_A_LANGUAGE_MODEL = {
 @torch.inference_mode()
 def test_a_writer_scores_what_the_whole_model_does(variant, scored):
     model, tokenizer = make_models(**variant)
-    model.know_codes(tokenizer.codebook.codes, tokenizer.estimates())
+    model.know_codes(tokenizer.codebook.codes, tokenizer.estimates(True))
     v, tokens = VOCABULARY, (1, 8, 3, 3, 19)
     row = pack([[[TextSegment((v.bos, 3, 4, 5))]]], 4, v, 4)
     slow = by_run(model, Cache(model, row, len(tokens)), row, scored)

@@ -86,8 +86,7 @@ def images(model: Model, rounds: int) -> dict[str, Any]:
     works: dict[str, Work] = {"product": product}
     for batch in _BATCHES:
         works[str(batch)] = _drawing(
-            *(model.transformer, model.images, model.vocabulary, caption, batch),
-            *(model.sampling, model.soft_labels),
+            model.transformer, model.images, model.vocabulary, caption, batch, model.sampling
         )
     seconds = interleaved(works, rounds)
     needed = image_operations(model.transformer, model.images, model.sampling)
@@ -216,7 +215,6 @@ def _drawing(
     caption: tuple[int, ...],
     count: int,
     how: Guided,
-    soft_labels: float = 0.0,
 ) -> Work:
     requests = [Request(caption, seed) for seed in range(count)]
-    return lambda: sample_images(model, tokenizer, vocabulary, requests, how, soft_labels)
+    return lambda: sample_images(model, tokenizer, vocabulary, requests, how)

@@ -29,7 +29,7 @@ from mmrdpm.rdpm.codebook import Codebook
 from mmrdpm.rdpm.trajectory import Trajectory
 
 
-def estimates(trajectory: Trajectory, codebook: Codebook, sees_start_noise: bool = True) -> Tensor:
+def estimates(trajectory: Trajectory, codebook: Codebook, sees_start_noise: bool) -> Tensor:
     """The guesses of every timestep as weights of `(x_t, x_T)`, the latter 0 where it is unseen.
 
     Returns:
@@ -40,21 +40,21 @@ def estimates(trajectory: Trajectory, codebook: Codebook, sees_start_noise: bool
     if codebook.codes.is_meta:
         return table.to("meta")
     k = _mean_square(codebook)
-    noise_at_start = 1.0 if trajectory.start(torch.ones(trajectory.num_noises)) else 0.0
+    starts_noisy = trajectory.start(torch.ones(trajectory.num_noises)).item() != 0
     of_latent, of_start, error = 0.0, 1.0, 0.0  # A, B, V
     for timestep in range(trajectory.num_timesteps, 0, -1):
         a, b, c, fresh = coefficients(trajectory, timestep)
         gain = codebook.gains[timestep - 1].item()
         if sees_start_noise:
             weight = _weight(of_latent, error)
-            latent, start = (weight, -weight * of_start), (0.0, 1.0)
+            z_0, x_T = (weight, -weight * of_start), (0.0, 1.0)
         else:
-            spread = error + of_start**2 * noise_at_start
-            latent = (_weight(of_latent, spread), 0.0)
-            start = (of_start * noise_at_start / max(of_latent**2 + spread, 1e-12), 0.0)
-        table[timestep, 0] = torch.tensor(latent)
-        residual = [a * of_z + c * of_x for of_z, of_x in zip(latent, start, strict=True)]
-        table[timestep, 1] = torch.tensor([b + residual[0], residual[1]]) / gain
+            noise = of_start if starts_noisy else 0.0
+            z_0 = (_weight(of_latent, noise**2 + error), 0.0)
+            x_T = (_weight(noise, of_latent**2 + error), 0.0)
+        table[timestep, 0] = torch.tensor(z_0)
+        of_t, of_T = (a * z + c * x for z, x in zip(z_0, x_T, strict=True))
+        table[timestep, 1] = torch.tensor([b + of_t, of_T]) / gain
         stays = 1 + k * b
         of_latent, of_start = stays * of_latent + k * a, stays * of_start + k * c
         error = stays**2 * error + k**2 * fresh + k * (1 - k) * gain**2

@@ -109,7 +109,7 @@ class ImageTokenizer(nn.Module):
     def image_size(self) -> int:
         return self.config.autoencoder.image_size
 
-    def estimates(self, sees_start_noise: bool = True) -> Tensor:
+    def estimates(self, sees_start_noise: bool) -> Tensor:
         """See `estimates.estimates`, float32 `[T + 1, 2, 2]`."""
         with torch.device("cpu"):  # a model may be being built on another device
             return estimates(self.trajectory, self.codebook, sees_start_noise)

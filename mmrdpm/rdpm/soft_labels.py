@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SAMPLED = 512  # codes, from which the factor is known to a few hundredths
+_SAMPLED = 512  # codes, the most that the factor is taken from: to a few hundredths
 
 
-def soft_labels(residuals: Tensor, codes: Tensor, tau: float) -> Tensor:
+def softened(residuals: Tensor, codes: Tensor, tau: float) -> Tensor:
     """Probabilities of codes, in proportion to `exp(-||r - e_k||^2 / tau)`.
 
     Lee et al. 2022, arXiv 2203.01941, section 3.2.
@@ -45,7 +45,8 @@ def lengthening(codes: Tensor, tau: float) -> float:
     few = codes[:: -(-len(codes) // _SAMPLED)]
     spread = (1 - few.square().mean()).clamp(min=0).sqrt()
     generator = torch.Generator().manual_seed(0)
-    residuals = few + spread * torch.randn(few.shape, generator=generator, dtype=few.dtype)
-    means = soft_labels(residuals, codes, tau) @ codes
+    noise = torch.randn(few.shape, generator=generator, dtype=few.dtype, device="cpu")
+    residuals = few + spread * noise
+    means = softened(residuals, codes, tau) @ codes
     nearest = codes[torch.cdist(residuals, codes).argmin(1)]
     return ((nearest * means).sum() / means.square().sum().clamp(min=1e-12)).item()

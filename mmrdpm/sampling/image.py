@@ -24,7 +24,6 @@ from mmrdpm import machine
 from mmrdpm.document import TextSegment, grid_positions, pack
 from mmrdpm.errors import UsageError
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
-from mmrdpm.rdpm.soft_labels import lengthening
 from mmrdpm.sampling.cache import Cache
 from mmrdpm.sampling.choose import Choice, choose
 from mmrdpm.transformer import Transformer
@@ -103,19 +102,13 @@ def sample_images(
     vocabulary: Vocabulary,
     requests: Sequence[Request],
     how: Guided,
-    soft_labels: float = 0.0,
 ) -> Tensor:
     """One image per request.
-
-    Args:
-        soft_labels: those that the model learned codes from, see `objective.loss`. Their mean is
-            shorter than the codes that states moved by, which expected steps make up for.
 
     Returns:
         Every state, float32 `[T + 1, B, *grid, C]`, row 0 the images' latents.
     """
-    length = lengthening(tokenizer.codebook.codes[0], soft_labels) if how.expected_steps else 1.0
-    sampler = Sampler(model, tokenizer, vocabulary, how, length)
+    sampler = Sampler(model, tokenizer, vocabulary, how)
     shape = (tokenizer.num_timesteps + 1, len(requests), *tokenizer.grid, tokenizer.latent_channels)
     states = model.table.weight.new_empty(shape, dtype=torch.float32)
     groups = sampler.groups(requests)
@@ -127,17 +120,12 @@ def sample_images(
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws groups of images whose prompts have one padded length.
-
-    Attributes:
-        length: of expected steps, as a multiple of the mean code.
-    """
+    """Draws groups of images whose prompts have one padded length."""
 
     model: Transformer
     tokenizer: ImageTokenizer
     vocabulary: Vocabulary
     how: Guided
-    length: float = 1.0
 
     @torch.inference_mode()
     def draw_all(self, groups: Sequence[Sequence[Request]]) -> list[Tensor]:
@@ -177,7 +165,8 @@ class Sampler:
         probabilities = logits.float().softmax(-1)
         # a product for each image where groups differ in size, so that its shape is always one
         parts = probabilities.split(1) if self._on_cpu else (probabilities,)
-        return self.length * torch.cat([codebook.expected(part, timestep) for part in parts])
+        means = torch.cat([codebook.expected(part, timestep) for part in parts])
+        return self.model.lengthening * means
 
     def groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests, a group a list; one that is not full repeats its last request."""

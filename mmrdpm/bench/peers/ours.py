@@ -12,7 +12,7 @@ from mmrdpm.api import build
 from mmrdpm.bench.peers.protocol import Batch, Caption, How, OurShape, Peer, Scene
 from mmrdpm.data.documents import by_the_way
 from mmrdpm.document import NO_TARGET, Document, ImageSegment, TextSegment, length, pack
-from mmrdpm.objective import check_soft_labels, loss
+from mmrdpm.objective import loss
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.sampling.image import Guided, Request, sample_images
 from mmrdpm.transformer import TransformerConfig
@@ -47,12 +47,10 @@ class Ours(Peer):
         self.soft_labels, self.steps_per_image = shape.soft_labels, shape.steps_per_image
         self.expected_steps = shape.expected_steps
         self.draws_codes = shape.expected_steps < scene.images.num_timesteps
-        if self.soft_labels:
-            check_soft_labels("ours.soft_labels", scene.images.codebook)
         self.scene = scene
         self.shares = torch.from_numpy(by_the_way(scene.images.trajectory.schedule))
         self.vocabulary = Vocabulary(scene.texts.size, scene.images.codebook_size)
-        self.transformer = build(config, self.vocabulary, scene.images)
+        self.transformer = build(config, self.vocabulary, scene.images, shape.soft_labels)
         self.steps = (scene.images.num_timesteps,)
         self.tokens = scene.images.num_timesteps * scene.latents[0, ..., 0].numel()
 
@@ -83,14 +81,12 @@ class Ours(Peer):
         return loss(self.transformer, packed.to(self.device), soft_labels=self.soft_labels).total
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
-        warmth = how.warmth if self.draws_codes else 1.0
-        guided = Guided(
-            warmth, guidance_scale=how.guidance_scale, expected_steps=self.expected_steps
-        )
+        guided = Guided(guidance_scale=how.guidance_scale, expected_steps=self.expected_steps)
+        if how.temperature is not None:
+            guided = replace(guided, temperature=how.temperature)
         seeds = torch.randint(2**62, (len(captions),)).tolist()
         requests = [Request(*pair) for pair in zip(captions, seeds, strict=True)]
-        model = (self.transformer, self.images, self.vocabulary)
-        return sample_images(*model, requests, guided, self.soft_labels)[0]
+        return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)[0]
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         _, states = self.images.encode_latents(latents, range(len(latents)))
