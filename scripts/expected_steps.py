@@ -47,6 +47,7 @@ def main(given: argparse.Namespace) -> None:
             top_1, top_10 = drawn.named_in_top(judge, by_seed[0], group.concepts)
             distance = drawn.kid(judge.features, by_seed[0], group.pictures, paired=True)
             line = {
+                "model": given.model,
                 "group": group.name,
                 "count": count,
                 "guidance_scale": model.sampling.guidance_scale,

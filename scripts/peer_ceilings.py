@@ -23,7 +23,7 @@ from mmrdpm import machine, recipe, shipped
 from mmrdpm.bench.peers import peers
 from mmrdpm.bench.peers.protocol import PeerBench, Scene
 from mmrdpm.bench.peers.quality import Quality
-from mmrdpm.cli.common import status_of
+from mmrdpm.cli.common import apart, status_of
 from mmrdpm.data.pictures import to_tensor
 from mmrdpm.evaluation.drawn import emoji_judge
 from mmrdpm.metrics.reconstruction import psnr
@@ -66,6 +66,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("given", nargs="+", metavar="TOKENIZER|PEER|key=value")
     given = parser.parse_args().given
-    names = [word for word in given if "=" not in word] or parser.error("name one of them")
-    overrides = [word for word in given if "=" in word]
+    names, overrides = apart(given)
+    if not names:
+        parser.error("name one of them")
     sys.exit(status_of(lambda: main(names, overrides)))

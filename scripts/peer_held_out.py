@@ -25,7 +25,7 @@ from mmrdpm.bench.peers.protocol import Scene
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.run import recipe_of
 from mmrdpm.bench.peers.trainer import Trainer
-from mmrdpm.cli.common import status_of
+from mmrdpm.cli.common import apart, status_of
 from mmrdpm.evaluation.drawn import emoji_judge
 from mmrdpm.evaluation.suite import GROUPS
 
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="folder of mmrdpm bench peers")
     parser.add_argument("names", nargs="+", metavar="PEER|key=value")
     given = parser.parse_args()
-    peers = [word for word in given.names if "=" not in word]
-    peers = peers or parser.error("name a peer")
-    overrides = [word for word in given.names if "=" in word]
+    peers, overrides = apart(given.names)
+    if not peers:
+        parser.error("name a peer")
     sys.exit(status_of(lambda: main(given.out, peers, overrides)))

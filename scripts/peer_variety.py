@@ -4,14 +4,17 @@
 
 Draws 100 of the judged concepts with four seeds each by the last checkpoint, at the first of
 its numbers of steps, with the guidance scale and temperature that named most (the first of
-`judging.temperatures` where it was judged without one), and prints the mean
-distance of two seeds' features beside that of the true pictures of two different concepts.
+`judging.temperatures` where it was judged without one), and prints a JSON line each: the mean
+distance of two seeds' features, with its 95% interval, and that of the true pictures of two
+different concepts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,7 +25,7 @@ from mmrdpm.bench.peers.protocol import How, Scene
 from mmrdpm.bench.peers.quality import Quality
 from mmrdpm.bench.peers.run import read, recipe_of
 from mmrdpm.bench.peers.trainer import Trainer
-from mmrdpm.cli.common import status_of
+from mmrdpm.cli.common import apart, status_of
 from mmrdpm.evaluation import drawn
 
 CONCEPTS, SEEDS = 100, 4
@@ -35,7 +38,6 @@ def main(out: Path, names: list[str], overrides: list[str]) -> None:
     quality = Quality(scene, loaded.judging, drawn.emoji_judge())
     real, features = quality.group.pictures[:CONCEPTS], quality.judge.features
     others = drawn.diversity(features, [real, real[1:] + real[:1]])
-    print(f"two concepts' true pictures: {others.value:.3f}")
     for name in names:
         peer = Trainer.trained(name, loaded, scene, out).peer
         last = read(out / name / "curve.json")["points"][-1]
@@ -49,8 +51,9 @@ def main(out: Path, names: list[str], overrides: list[str]) -> None:
             for _ in range(SEEDS):
                 by_seed.append(scene.decode(peer.draw(captions, how)))
         found = drawn.diversity(features, by_seed)
-        interval = found.interval
-        print(f"{name}: {found.value:.3f} (95%: {interval[0]:.3f} to {interval[1]:.3f}), {how}")
+        line = {"peer": name, "overrides": overrides, **asdict(how)}
+        line |= {"variety": found.value, "interval": found.interval, "of_concepts": others.value}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
@@ -58,7 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="folder of mmrdpm bench peers")
     parser.add_argument("names", nargs="+", metavar="PEER|key=value")
     given = parser.parse_args()
-    peers = [word for word in given.names if "=" not in word]
-    peers = peers or parser.error("name a peer")
-    overrides = [word for word in given.names if "=" in word]
+    peers, overrides = apart(given.names)
+    if not peers:
+        parser.error("name a peer")
     sys.exit(status_of(lambda: main(given.out, peers, overrides)))

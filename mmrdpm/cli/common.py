@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ def run_options(to: argparse.ArgumentParser) -> None:
     recipe_options(to)
     to.add_argument("--run", type=Path, metavar="DIR", help="default: runs/RECIPE's name")
     to.add_argument("--resume", action="store_true", help="go on where the run stopped")
+
+
+def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names, and overrides of a recipe's keys, of words that came mixed."""
+    return [w for w in words if "=" not in w], [w for w in words if "=" in w]
 
 
 def recipe_file(name: str, kinds: tuple[str, ...]) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmrdpm import recipe
 from mmrdpm.bench.peers.protocol import PeerBench
 from mmrdpm.bench.peers.run import bench
-from mmrdpm.cli.common import INTERRUPTED, Commands, command, recipe_file
+from mmrdpm.cli.common import INTERRUPTED, Commands, apart, command, recipe_file
 
 _DEFAULT = "peers/emoji"
 
@@ -28,8 +28,8 @@ def bench_peers_command(options: argparse.Namespace) -> int:
     name = options.recipe
     if "=" in name:  # the recipe was left out
         name, options.overrides = _DEFAULT, [name, *options.overrides]
-    only = [word for word in options.only if "=" not in word]
-    overrides = [*options.overrides, *(word for word in options.only if "=" in word)]
+    only, more = apart(options.only)
+    overrides = [*options.overrides, *more]
     path = recipe_file(name, ("peers",))
     out = options.out or Path("runs") / f"peers-{path.stem}"
     loaded = recipe.load(PeerBench, path, overrides)
