@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -18,6 +21,7 @@ from mmrdpm.sweep import information, plots, spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import report, results_table
 from mmrdpm.sweep.run import count_flops, run_sweep
+from mmrdpm.tokenizer_trainer import TokenizerTrainer
 from mmrdpm.train_model import Trainer
 
 FOLDERS = [shipped.folder("recipes") / name for name in ("ablations", "scaling")]
@@ -113,6 +117,36 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     (out / "tokenizers.jsonl").write_text(old + "\n")
     with pytest.raises(CheckpointError, match="stands on another"):
         run_sweep(spec.load(path), out, None, silent)
+    (out / "tokenizers.jsonl").write_text(json.dumps({**line, "sha256": "of another fit"}) + "\n")
+    with pytest.raises(CheckpointError, match="tokeniser base was measured with sha256=of another"):
+        run_sweep(spec.load(path), out, None, silent)
+
+
+def test_a_fit_that_was_stopped_goes_on_beside_lines_from_elsewhere(
+    pixel_features, tiny_sweep, tmp_path, monkeypatch
+):
+    """Of a folder that holds nothing but another folder's lines, as the shipped ones."""
+    path, lines = tiny_sweep(), "tokenizers.jsonl"
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert main(["sweep", str(path), "--out", str(first), "--only", "base"]) == 0
+    out.mkdir()
+    for name in (lines, "results.jsonl"):
+        shutil.copy(first / name, out / name)
+    command = ["sweep", str(path), "--out", str(out), "--only", "base"]
+    fit = TokenizerTrainer._fit_codebook
+
+    def interrupting(self, generator):
+        os.kill(os.getpid(), signal.SIGINT)
+        return fit(self, generator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerTrainer, "_fit_codebook", interrupting)
+        assert main(command) == 130
+    assert list((out / "tokenizers" / "base").glob("step-0000001.safetensors"))
+    assert main(command) == 0
+    assert image_tokenizer.load(out / "tokenizers" / "base")
+    for name in (lines, "results.jsonl"):
+        assert (out / name).read_bytes() == (first / name).read_bytes()
 
 
 def test_a_stopped_sweep_goes_on(pixel_features, tiny_sweep, tmp_path, interrupted, capsys):

@@ -26,7 +26,8 @@ def train_tokenizer(
     """The folder of the variant's tokeniser, trained if it is not yet; None if stopped.
 
     Raises:
-        CheckpointError: its folder holds one of another recipe, or on another autoencoder.
+        CheckpointError: its folder holds one of another recipe, or it is not the one that its
+            line in tokenizers.jsonl was measured on.
     """
     name = tokenizer_owner(sweep, variant)
     folder, records = out / "tokenizers" / name, Records(out / "tokenizers.jsonl")
@@ -36,18 +37,25 @@ def train_tokenizer(
         checkpoint.begin(folder, recipe, resume=True)  # the same recipe, or an error
     source = recipe.train.autoencoder_from
     stands_on = content_sha256(shipped.resolve("tokenizers", source)) if source else None
-    if begun and (known := records.find(name=name)):
-        if known.get("autoencoder_from_sha256") != stands_on:
-            raise CheckpointError(
-                f"{folder}: stands on another {source} than there is now, or its line in"
-                f" {records.path.name} does not say on which: name another folder with --out"
-            )
-        return folder
-    say(f"tokeniser {name}: {' '.join(variant.tokenizer) or 'the base'}")
-    if not train_image(recipe, folder, resume=begun):
-        return None
-    about = {"overrides": list(variant.tokenizer), "autoencoder_from_sha256": stands_on}
-    records.append({"name": name, **about, **figures(folder)})
+    known = records.find(name=name)
+    if known and known.get("autoencoder_from_sha256") != stands_on:
+        raise CheckpointError(
+            f"{folder}: stands on another {source} than there is now, or its line in"
+            f" {records.path.name} does not say on which: name another folder with --out"
+        )
+    if not (folder / image_tokenizer.WEIGHTS_FILE).exists():  # written when it is done
+        say(f"tokeniser {name}: {' '.join(variant.tokenizer) or 'the base'}")
+        if not train_image(recipe, folder, resume=begun):
+            return None
+    sha256 = content_sha256(folder)
+    if known is None:
+        about = {"overrides": list(variant.tokenizer), "autoencoder_from_sha256": stands_on}
+        records.append({"name": name, "sha256": sha256, **about, **figures(folder)})
+    elif known.get("sha256", sha256) != sha256:  # older lines have none
+        raise CheckpointError(
+            f"{records.path}: tokeniser {name} was measured with sha256={known['sha256']}, not"
+            f" {sha256}: name another folder with --out, or remove its line"
+        )
     return folder
 
 
