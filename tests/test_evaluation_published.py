@@ -1,6 +1,7 @@
 """The suites of published metrics, on tiny stand-ins for their data and weights."""
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmrdpm import hub
 from mmrdpm.api import Model
 from mmrdpm.cli import main
+from mmrdpm.errors import CheckpointError
 from mmrdpm.evaluation import captions, published, results
 from mmrdpm.evaluation.compare import differences
 
@@ -66,6 +69,9 @@ def test_captions_of_annotated_pictures(run, coco, tmp_path):
     assert status == 0 and "CIDEr" in out and "BLEU-4" in out
     found = captions.read_annotations(tmp_path / "notes.json", tmp_path / "images", 3)
     assert found[1] == (tmp_path / "images/1.png", ["picture 1 of noise"] * 2)
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "<tr><td>1.png<td>" in page and "<td>picture 1 of noise / picture 1 of noise" in page
     (figure, _) = results.load(tmp_path / "out").figures
     assert figure.count == 3 and figure.protocol["words"] == "plain"
     assert figure.protocol["evaluator_version"] and figure.protocol["codes_seed"] == 0
@@ -95,18 +101,33 @@ def test_mistakes_in_annotations_are_one_clear_line(run, coco, tmp_path):
     assert_mistake(run("caption"), "captions_val2017.json", "annotations=FILE")
 
 
-def test_what_is_missing_for_the_published_scores_is_said_before_drawing(run, tmp_path):
+def unreachable(name, files):
+    raise CheckpointError(f"{name}: the hub gave none of {files}")
+
+
+def test_what_is_missing_for_the_published_scores_is_said_before_drawing(
+    run, tmp_path, monkeypatch
+):
     assert_mistake(run("imagenet256"), "mismatched resolutions", "256x256", "draws 16x16")
     small = ("resolution=16", "prompts=p.txt", "reference=real", "inception=weights.pth")
     assert_mistake(run("imagenet256", *small), "p.txt: cannot be read", "one text a line")
     (tmp_path / "p.txt").write_text("red heart\npizza\n")
     assert_mistake(run("imagenet256", *small), "real: no pictures", "reference=DIR")
+    monkeypatch.setattr(hub, "fetch", unreachable)
     assert_mistake(run("t2i"), "prompts.txt: cannot be read")
+    nowhere = f"clip={tmp_path / 'none'}"
+    assert_mistake(run("t2i", "prompts=p.txt", nowhere), "none: no such folder: put config.json")
+    (tmp_path / "one.txt").write_text("red heart\n")
+    assert_mistake(run("t2i", "prompts=one.txt", nowhere), "one.txt: clip_score needs at least 2")
     pictures(tmp_path / "real", 12)
     Image.new("RGB", (16, 8)).save(tmp_path / "real/5.png")
     assert_mistake(run("imagenet256", *small), "5.png: mismatched resolutions: 16x8")
     (tmp_path / "real/5.png").write_text("no picture")
     assert_mistake(run("imagenet256", *small), "5.png: not a picture that can be read")
+    Image.new("RGB", (16, 16)).save(tmp_path / "real/5.png")
+    assert_mistake(run("imagenet256", *small), "weights.pth: no Inception weights: download http")
+    on_the_hub = run("imagenet256", *small[:3], "inception=who/none")
+    assert_mistake(on_the_hub, "who/none: the hub gave none of ['weights-inception-", "download")
     assert not (tmp_path / "out/pictures").exists()
 
 
@@ -182,6 +203,16 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     assert run("imagenet256", *small, "samples=11", *alone)[0] == 0
     assert results.load(tmp_path / "out").figures == [found["Inception score"]]
     assert len(list(Path("out/pictures").rglob("*.png"))) == 11
+    seen = []
+    forward = Small.forward
+    monkeypatch.setattr(Small, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    more = ("samples=12", "guidance_scale=1.5")
+    assert run("imagenet256", *small, *more)[0] == 0 and seen == [12]  # the real ones were kept
+    for kept in (tmp_path / "out/parts").glob("*.safetensors"):
+        kept.write_bytes(kept.read_bytes()[:20])
+    status, out, err = run("imagenet256", *small, "samples=11", "seed=1")
+    assert status == 1 and out == "" and err.endswith("remove it, and it is made anew\n")
+    shutil.rmtree(tmp_path / "out/parts")
     few = (*small, "samples=3", "metrics=[fid, precision_recall]")
     assert_mistake(run("imagenet256", *few), "at least 4 pictures", "not 3 samples")
     assert_mistake(run("imagenet256", *small, "samples=9"), "at least 10 pictures")

@@ -99,8 +99,9 @@ def sentence_similarity(captions: Sequence[str], references: References) -> Figu
 
     Raises:
         MissingEvaluator: the extra `sentences` is not installed.
-        DataError: there are no captions.
+        DataError: there are fewer than two captions: one has no interval.
     """
+    check_count(len(captions), "sentence similarity")
     _check(captions, references)
     embed = _embedder()
     guesses = embed(captions)
@@ -118,7 +119,7 @@ def sentence_similarity(captions: Sequence[str], references: References) -> Figu
 
 
 def check_count(count: int, metric: str) -> None:
-    """Raises DataError where there are too few captions for CIDEr or BLEU."""
+    """Raises DataError where there are too few captions for a figure with an interval."""
     if count < 2:
         raise DataError(
             f"{metric} needs at least 2 captions, not {count}: raise the suite's count, or take"

@@ -11,16 +11,17 @@ from typing import Any
 from PIL import Image
 
 from mmrdpm.api import Model
-from mmrdpm.data.pictures import open_picture
+from mmrdpm.data.pictures import contact_sheet, open_picture, to_square
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation import captioned
 from mmrdpm.evaluation.figure import Figure, digest
-from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.store import Store, read_json
 from mmrdpm.evaluation.suite import CaptionsSuite
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
 
 _CHUNK = 32  # pictures captioned between two writes
+_SHOWN, _COLUMNS, _SCALE = 16, 8, 2
 
 
 class CaptionsEvaluation:
@@ -36,8 +37,7 @@ class CaptionsEvaluation:
         self.files = [path for path, _ in found]
         self.references = [texts for _, texts in found]
         for metric in suite.metrics:
-            if metric in ("cider", "bleu"):
-                captioned.check_count(len(found), metric)
+            captioned.check_count(len(found), metric)
         self.of = [digest(self.references), digest([sha256_of(path) for path in self.files])]
 
     def parts(self) -> Iterator[Part]:
@@ -63,9 +63,15 @@ class CaptionsEvaluation:
 
             yield Part(metric, [*self.of, self.suite.words], make)
 
-    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
-        """No pictures: those of others are not copied into the report."""
-        yield from ()
+    def shown(self) -> Iterator[Shown]:
+        """Pictures as the model sees them, row by row, and what it and people say of them."""
+        size, files = self.model.images.image_size, self.files[:_SHOWN]
+        seen = [Image.fromarray(to_square(open_picture(path), size)) for path in files]
+        rows = [seen[i : i + _COLUMNS] for i in range(0, len(seen), _COLUMNS)]
+        texts = zip(files, self._captions, self.references, strict=False)
+        said = [(path.name, caption, " / ".join(truths)) for path, caption, truths in texts]
+        head = ("picture", "caption", "references")
+        yield Shown("Captioned", contact_sheet(rows, _SCALE if size < 128 else 1), [head, *said])
 
     @cached_property
     def _captions(self) -> list[str]:

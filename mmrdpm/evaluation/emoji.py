@@ -18,14 +18,18 @@ from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation import captioned, drawn, likelihood, tokenizer
 from mmrdpm.evaluation.figure import Figure, Protocol, digest, digest_of_pictures
-from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
 from mmrdpm.evaluation.suite import GROUPS, EmojiSuite
 from mmrdpm.metrics.features import EfficientNetLite0, ranks
 
 TRAINING, _TONES = "training concepts", "held-out skin tones"
 _FULL_SIZE = 72  # pixels of the emoji as they come
+_OF_ONE = ("named", "tone", "caption_exact", "guidance", "bits_per_byte")  # or not of emoji
+_DRAWN = {"named", "tone", "kernel_distance", "frechet_distance", "diversity"}
+_CAPTIONED = {"caption_exact", "cider", "bleu", "sentence_similarity"}
 _SHOWN, _COLUMNS, _STRIPS = 24, 8, 3  # pictures in the report
+_SAID = 10  # captions of a group
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ class EmojiEvaluation:
     """One suite over one model.
 
     Raises:
-        DataError: a group is empty or smaller than a metric needs, or a text is longer than the
-            model's context; before anything is drawn.
+        DataError: a group is empty, or it or the texts are fewer than a metric needs, or a text is
+            longer than the model's context; before anything is drawn.
     """
 
     def __init__(self, model: Model, suite: EmojiSuite, store: Store) -> None:
@@ -103,6 +107,11 @@ class EmojiEvaluation:
         for group in self.groups:
             _check_counts(suite, group)
         if "bits_per_byte" in suite.metrics:
+            if len(self._texts) < 2:
+                raise DataError(
+                    "bits_per_byte needs at least 2 texts, not 1: raise texts_count, or give more"
+                    " in texts"
+                )
             likelihood.text_documents(model, self._texts)  # refuses what is too long
 
     def parts(self) -> Iterator[Part]:
@@ -245,19 +254,28 @@ class EmojiEvaluation:
             lambda: [caption for picture in pictures for caption in self.model.caption([picture])],
         )
 
-    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
-        """Pictures for the report: drawn above real, and the states on the way."""
-        if not self._draws:
-            return
+    def shown(self) -> Iterator[Shown]:
+        """Drawn above real, the states on the way, and some captions."""
+        if self._draws:
+            yield from self._shown_drawn()
+        if _CAPTIONED & set(self.suite.metrics):
+            for group in self.groups:
+                few = group.some(_SAID)
+                found = dict(zip(group.names, self.captions(group), strict=True))
+                rows = [("name", "caption"), *((name, found[name]) for name in few.names)]
+                yield Shown(f"Captioned, {group.name}", None, rows)
+
+    def _shown_drawn(self) -> Iterator[Shown]:
         for group in self.groups:
             made, rows = self.draw(group)[:_SHOWN], []
             for i in range(0, len(made), _COLUMNS):
                 rows += [made[i : i + _COLUMNS], group.pictures[:_SHOWN][i : i + _COLUMNS]]
-            yield f"Drawn (above) and real (below), {group.name}", contact_sheet(rows, 2)
+            title = f"Drawn (above) and real (below), {group.name}"
+            yield Shown(title, contact_sheet(rows, 2))
         names = self.groups[0].names[:_STRIPS]
         seeds = picture_seeds(self.suite.seed, len(names))
         strips = [self.model.trace(*pair) for pair in zip(names, seeds, strict=True)]
-        yield f"From noise, step by step: {', '.join(names)}", contact_sheet(strips, 2)
+        yield Shown(f"From noise, step by step: {', '.join(names)}", contact_sheet(strips, 2))
 
     @cached_property
     def features(self) -> EfficientNetLite0:
@@ -278,8 +296,7 @@ class EmojiEvaluation:
 
     @property
     def _draws(self) -> bool:
-        judged = {"named", "tone", "kernel_distance", "frechet_distance", "diversity"}
-        return bool(judged & set(self.suite.metrics))
+        return bool(_DRAWN & set(self.suite.metrics))
 
     def _part(self, metric: str, group: Group, make: Callable[[Group], Sequence[Figure]]) -> Part:
         return Part(f"{metric}, {group.name}", [self._of(), group.protocol], lambda: make(group))
@@ -310,8 +327,8 @@ class EmojiEvaluation:
 
 def _check_counts(suite: EmojiSuite, group: Group) -> None:
     """Refuses before anything is drawn."""
-    for metric in ("kernel_distance", "frechet_distance", "retrieval", "cider", "bleu"):
-        if metric in suite.metrics and len(group.names) < 2:
+    for metric in suite.metrics:
+        if metric not in _OF_ONE and len(group.names) < 2:
             raise DataError(
                 f"{metric} needs at least 2 pictures, but {group.name!r} has"
                 f" {len(group.names)}: raise names, or take {metric} out of metrics"

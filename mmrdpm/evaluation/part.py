@@ -6,8 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from mmrdpm.evaluation.figure import Figure
 from mmrdpm.metrics.features import MissingEvaluator
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Something to look at in the report.
+
+    Attributes:
+        rows: of a table below the picture; the first is its head.
+    """
+
+    title: str
+    picture: Image.Image | None = None
+    rows: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)

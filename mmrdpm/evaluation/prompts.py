@@ -14,9 +14,9 @@ from PIL import Image
 from mmrdpm import hub
 from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet
-from mmrdpm.errors import CheckpointError
+from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.evaluation.figure import Figure, digest, digest_of_files
-from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
 from mmrdpm.evaluation.suite import PromptsSuite
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
@@ -31,6 +31,7 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_FILES = "config.json, model.safetensors, preprocessor_config.json and the tokeniser's files"
 _BATCH = 32
 _COLUMNS, _SHOWN = 8, 32
 
@@ -39,13 +40,16 @@ class PromptsEvaluation:
     """One suite over one model.
 
     Raises:
-        DataError: the prompts or CLIP are not where the suite says; before anything is drawn.
+        DataError: the prompts or CLIP are not where the suite says, or the prompts are fewer than
+            two; before anything is drawn.
     """
 
     def __init__(self, model: Model, suite: PromptsSuite, store: Store) -> None:
         self.model, self.suite, self.store = model, suite, store
         self.how = model.sampling.at(suite.guidance_scale)
         self.prompts = read_lines(Path(suite.prompts))
+        if len(self.prompts) < 2:
+            raise DataError(f"{suite.prompts}: clip_score needs at least 2 prompts: add to them")
         self.clip = Clip(suite.clip)
 
     def parts(self) -> Iterator[Part]:
@@ -58,11 +62,11 @@ class PromptsEvaluation:
         means = scores.double().mean(0).tolist()
         return [Figure.mean("drawn/prompts/CLIPScore", means, "", self._protocol, (0.0, 2.5))]
 
-    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
+    def shown(self) -> Iterator[Shown]:
         """Pictures for the report."""
         made = self._drawn[0][:_SHOWN]
         rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
-        yield f"Drawn: {', '.join(self.prompts[:_SHOWN])}", contact_sheet(rows, 2)
+        yield Shown(f"Drawn: {', '.join(self.prompts[:_SHOWN])}", contact_sheet(rows, 2))
 
     @cached_property
     def _drawn(self) -> list[list[Image.Image]]:
@@ -110,8 +114,7 @@ class Clip:
             self.processor = CLIPImageProcessorPil.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise MissingEvaluator(
-                f"{model}: no CLIP model that can be read ({_first(error)}): put config.json,"
-                " model.safetensors, preprocessor_config.json and the tokeniser's files there"
+                f"{model}: no CLIP model that can be read ({_first(error)}): put {_FILES} there"
             ) from None
         self.protocol = {
             "evaluator": "CLIPScore, 2.5 max(cos, 0)",
@@ -141,6 +144,11 @@ class Clip:
 def _folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
+    if not hub.is_id(model):
+        raise MissingEvaluator(
+            f"{model}: no such folder: put {_FILES} of a CLIP model there, or give its place or its"
+            " hub id as clip=DIR|OWNER/NAME"
+        )
     try:
         return hub.fetch(model, ["*.json", "*.txt", "model.safetensors"])
     except CheckpointError as error:

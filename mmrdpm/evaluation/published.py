@@ -16,31 +16,29 @@ from pickle import UnpicklingError
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmrdpm import machine
+from mmrdpm import hub, machine
 from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet, open_picture, stored_size
-from mmrdpm.errors import DataError
+from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.evaluation.figure import Figure, digest
-from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
 from mmrdpm.evaluation.suite import ImagenetSuite
 from mmrdpm.metrics.distance import frechet_interval
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
 from mmrdpm.metrics.proportion import Proportion
 
-_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
-)
+_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_WEIGHTS}"
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _BATCH = 64  # pictures through Inception at once
 _SPLITS = 10  # of the Inception score
 _NEIGHBOURS = 3  # of precision and recall
 _LEAST = {"fid": 2, "inception_score": _SPLITS, "precision_recall": _NEIGHBOURS + 1}  # pictures
 _SHOWN, _COLUMNS = 32, 8
+_KINDS = ("pooled", "logits")
 
 Features = tuple[Tensor, Tensor]
 """Pooled features `[n, 2048]` and logits without their bias `[n, 1008]`."""
@@ -73,7 +71,8 @@ class ImagenetEvaluation:
                 f" {suite.samples} samples: raise samples"
             )
         self.reference = self._checked_reference()
-        self.inception = Inception(Path(suite.inception), model.transformer.table.weight.device)
+        device = model.transformer.table.weight.device
+        self.inception = Inception(_inception_file(suite.inception), device)
 
     def parts(self) -> Iterator[Part]:
         """Everything to compute, in order."""
@@ -128,11 +127,11 @@ class ImagenetEvaluation:
             for name, n in both
         ]
 
-    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
+    def shown(self) -> Iterator[Shown]:
         """Pictures for the report."""
         made = [open_picture(path) for path in self._files[:_SHOWN]]
         rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
-        yield "Drawn", contact_sheet(rows)
+        yield Shown("Drawn", contact_sheet(rows))
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -161,12 +160,19 @@ class ImagenetEvaluation:
         return self._features("reference", self.reference)
 
     def _features(self, what: str, files: Sequence[Path]) -> Features:
+        """Kept batch by batch."""
+        size = self.suite.resolution
         batches = [files[i : i + _BATCH] for i in range(0, len(files), _BATCH)]
-        found = [
-            self.inception(read_batch(batch, self.suite.resolution))
-            for batch in self.store.progress(f"features, {what}", batches)
-        ]
-        return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+        found = []
+        for batch in self.store.progress(f"features, {what}", batches):
+            of = [self.inception.protocol, [sha256_of(path) for path in batch]]
+
+            def make(batch: Sequence[Path] = batch) -> dict[str, Tensor]:
+                return dict(zip(_KINDS, self.inception(read_batch(batch, size)), strict=True))
+
+            found.append(self.store.tensors(f"features, {what}", of, make))
+        pooled, logits = (torch.cat([one[kind] for one in found]) for kind in _KINDS)
+        return pooled, logits
 
     def _checked_reference(self) -> list[Path]:
         """The real pictures; none where no metric looks at them."""
@@ -232,11 +238,6 @@ class Inception:
                 f"the published scores need torch-fidelity ({' '.join(str(error).split())}): pip"
                 " install 'mmrdpm[published]', with a torchvision that fits torch"
             ) from None
-        if not weights.is_file():
-            raise MissingEvaluator(
-                f"{weights}: no Inception weights: download {_URL} and give its place as"
-                " inception=PATH"
-            )
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "inception.pth"
             torch.save(read_weights(weights), plain)
@@ -261,6 +262,18 @@ class Inception:
         """uint8 `[n, 3, H, W]`."""
         pooled, logits = self.network(pictures.to(machine.device()))
         return pooled.cpu(), logits.cpu()
+
+
+def _inception_file(place: str) -> Path:
+    if Path(place).is_file():
+        return Path(place)
+    mend = f"download {_URL} and give its place as inception=PATH"
+    if not hub.is_id(place):
+        raise MissingEvaluator(f"{place}: no Inception weights: {mend}")
+    try:
+        return hub.fetch(place, [_WEIGHTS]) / _WEIGHTS
+    except CheckpointError as error:
+        raise MissingEvaluator(f"{error}; or {mend}") from None
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmrdpm.evaluation.figure import Figure
+from mmrdpm.evaluation.part import Shown
 from mmrdpm.evaluation.results import Results
 from mmrdpm.evaluation.store import to_png, write
 
@@ -20,15 +21,14 @@ _COLOURS = ("steelblue", "darkorange", "seagreen", "firebrick")
 _WIDTH, _HEIGHT, _MARGIN = 420, 220, 44  # pixels of a plot
 
 Point = tuple[float, Figure]
-Sheet = tuple[str, Image.Image]
 
 
-def write_report(results: Results, sheets: Sequence[Sheet], path: Path) -> None:
+def write_report(results: Results, shown: Sequence[Shown], path: Path) -> None:
     """Writes the page; it refers to nothing outside itself."""
-    write(path, "\n".join(_page(results, sheets)).encode())
+    write(path, "\n".join(_page(results, shown)).encode())
 
 
-def _page(results: Results, sheets: Sequence[Sheet]) -> Iterator[str]:
+def _page(results: Results, shown: Sequence[Shown]) -> Iterator[str]:
     title = html.escape(f"{results.model}: {results.suite}")
     yield f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
@@ -43,14 +43,24 @@ max-width: 30em; vertical-align: top }}
         for item in results.not_computed:
             yield f"<li>{html.escape(item.part)}: {html.escape(item.why)}</li>"
         yield "</ul>"
-    for caption, picture in sheets:
-        yield f"<h2>{html.escape(caption)}</h2><img src='{_data_url(picture)}'>"
+    for one in shown:
+        yield f"<h2>{html.escape(one.title)}</h2>"
+        if one.picture:
+            yield f"<img src='{_data_url(one.picture)}'>"
+        if one.rows:
+            yield _table(one.rows)
     yield "<h2>Curves</h2>"
     for name, lines in curves(results.figures).items():
         yield _plot(name, lines)
     yield "<h2>Figures</h2><table><tr><th>figure<th>value<th>95%<th>n<th>protocol</tr>"
     yield from map(_row, results.figures)
     yield "</table></html>"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = (map(html.escape, row) for row in rows)
+    lines = [f"<tr><th>{'<th>'.join(head)}</tr>", *(f"<tr><td>{'<td>'.join(r)}</tr>" for r in body)]
+    return "<table>" + "".join(lines) + "</table>"
 
 
 def curves(figures: Sequence[Figure]) -> dict[str, dict[str, list[Point]]]:

@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
-
 from mmrdpm import api, checkpoint, recipe, shipped
 from mmrdpm.api import IMAGE_TOKENIZER, TOKENIZER_FILES
 from mmrdpm.errors import CheckpointError, MmrdpmError
 from mmrdpm.evaluation.captions import CaptionsEvaluation
 from mmrdpm.evaluation.emoji import EmojiEvaluation
 from mmrdpm.evaluation.figure import digest
-from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.prompts import PromptsEvaluation
 from mmrdpm.evaluation.published import ImagenetEvaluation
 from mmrdpm.evaluation.report import write_report
@@ -39,7 +37,7 @@ class Evaluation(Protocol):
 
     def parts(self) -> Iterator[Part]: ...
 
-    def sheets(self) -> Iterator[tuple[str, Image.Image]]: ...
+    def shown(self) -> Iterator[Shown]: ...
 
 
 def evaluate(
@@ -77,7 +75,7 @@ def evaluate(
         replace(results, not_computed=[*results.not_computed, *left]).save(out)
     if missing and not results.figures:
         raise missing
-    write_report(results, list(evaluation.sheets()), out / REPORT_FILE)
+    write_report(results, list(evaluation.shown()), out / REPORT_FILE)
     return results, out
 
 

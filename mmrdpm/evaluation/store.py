@@ -2,6 +2,7 @@
 
     OUT/results.json        suite, model, figures, and what was not computed and why
     OUT/parts/KEY.json      finished figures and captions; KEY is a hash of weights, data and how
+    OUT/parts/KEY.safetensors   features of pictures, likewise
     OUT/pictures/KEY/*.png  drawn pictures; KEY is a hash of weights, prompts and how they are drawn
     OUT/report.html         all of it to look at
 
@@ -21,9 +22,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
+from torch import Tensor
 
 from mmrdpm.data.pictures import open_picture
 from mmrdpm.errors import DataError
@@ -107,6 +111,22 @@ class Store:
             path = self._part(part, of)
             raise DataError(f"{path}: is not {count} texts: remove it, and it is made anew")
         return found
+
+    def tensors(
+        self, part: str, of: Any, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The same for tensors, in a file of their own kind.
+
+        Raises:
+            DataError: something else was kept.
+        """
+        path = self._part(part, of).with_suffix(".safetensors")
+        if not path.exists():
+            write(path, safetensors.torch.save(make()))
+        try:
+            return safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise DataError(f"{path}: {error}: remove it, and it is made anew") from None
 
     def pictures(
         self, title: str, prompts: Sequence[str], seed: int, how: Any, draw: Draw

@@ -103,7 +103,8 @@ class ImagenetSuite:
     Attributes:
         prompts: a text file, one class's prompt a line; sample i draws line `i mod lines`.
         reference: a folder of real pictures, PNG or JPEG, of `resolution` pixels a side.
-        inception: weights that torch-fidelity publishes (`weights-inception-2015-12-05...pth`).
+        inception: weights that torch-fidelity publishes (`weights-inception-2015-12-05...pth`): the
+            file, or the hub id of a repository that holds one of that name.
         samples: pictures to draw; the papers draw 50,000.
         guidance_scale: of all drawing; null is the model's own.
     """

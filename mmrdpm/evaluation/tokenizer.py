@@ -17,7 +17,7 @@ from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation import drawn
 from mmrdpm.evaluation.figure import Figure, digest_of_pictures
-from mmrdpm.evaluation.part import Part
+from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.store import Store
 from mmrdpm.evaluation.suite import GROUPS, TokenizerSuite
 from mmrdpm.metrics.features import EfficientNetLite0
@@ -143,13 +143,12 @@ class TokenizerEvaluation:
         data = load_emoji(tokenizer.image_size)
         self.chosen = {name: data.images[_choose(data, name, suite)] for name in suite.groups}
         self.measured: dict[str, ImageFigures] = {}
-        for metric in ("kernel_distance", "frechet_distance"):
-            for name, squares in self.chosen.items():
-                if metric in suite.metrics and len(squares) < 2:
-                    raise DataError(
-                        f"{metric} needs at least 2 pictures, but {name!r} has {len(squares)}:"
-                        f" raise names, or take {metric} out of metrics"
-                    )
+        for name, squares in self.chosen.items():
+            if len(squares) < 2:
+                raise DataError(
+                    f"{', '.join(suite.metrics)} need at least 2 pictures, but {name!r} has"
+                    f" {len(squares)}: raise names"
+                )
 
     def parts(self) -> Iterator[Part]:
         """Everything to compute, in order."""
@@ -198,13 +197,14 @@ class TokenizerEvaluation:
             for t, e in zip(steps, errors, strict=True)
         ]
 
-    def sheets(self) -> Iterator[tuple[str, Image.Image]]:
+    def shown(self) -> Iterator[Shown]:
         """Pictures for the report: as they are, by the autoencoder, through the codes."""
         for group, squares in self.chosen.items():
             made = self._measure(group).images
             rows = [[Image.fromarray(square) for square in squares[:_SHOWN]]]
             rows += [to_pictures(made[way][:_SHOWN]) for way in WAYS]
-            yield f"Real, by the autoencoder, through the codes: {group}", contact_sheet(rows, 2)
+            title = f"Real, by the autoencoder, through the codes: {group}"
+            yield Shown(title, contact_sheet(rows, 2))
 
     @cached_property
     def features(self) -> EfficientNetLite0:

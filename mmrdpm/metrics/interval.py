@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from mmrdpm.errors import DataError
+
 RESAMPLES = 200
 _Z = 1.959964  # of 95%
 
@@ -34,10 +36,15 @@ def bootstrap(
         statistic: of the records at these positions, which may repeat: int64 `[count]`; NaN where
             they tell nothing.
         value: the statistic of all records.
-        count: number of records, at least 1.
+        count: number of records.
         limits: the least and the most that the statistic can be; an interval ends there.
         progress: passes on the numbers of the resamples, as a bar does.
+
+    Raises:
+        DataError: there are fewer than two records, which tell nothing of a spread.
     """
+    if count < 2:
+        raise DataError(f"an interval needs at least 2 records, not {count}: give more")
     random = np.random.default_rng(seed)
     resampled = [statistic(random.integers(count, size=count)) for _ in progress(range(RESAMPLES))]
     half = _Z * float(np.nanstd(resampled))
