@@ -112,7 +112,7 @@ class Judging:
         default=(1.0, 1.5, 2.0, 4.0), metadata={"min": 1.0, "max": MOST_GUIDANCE}
     )
     temperatures: tuple[float, ...] = (0.4, 0.7)
-    speed_batches: tuple[int, ...] = (1, 64)
+    speed_batches: tuple[int, ...] = (1, 8, 64)
     repeats: int = field(default=3, metadata={"min": 1})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
 

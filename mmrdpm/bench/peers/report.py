@@ -117,7 +117,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             f" while training and judging; trained on {result['machine']}."
         )
         if result["timed_on"]:
-            batches = " and ".join(str(batch) for batch, _ in _speeds(result, steps))
+            batches = ", ".join(str(batch) for batch, _ in _speeds(result, steps))
             note += (
                 " Minutes (of the updates) and seconds per picture (at batch"
                 f" {batches}) as measured in turns on {result['timed_on']}."
