@@ -14,11 +14,17 @@ import torch
 
 from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.attention import backend
+from mmrdpm.checkpoint import CheckpointPolicy
+from mmrdpm.data.images import StreamedImages, check_batches, open_images
 from mmrdpm.data.loader import Loader
+from mmrdpm.data.rows import InOrder, Lanes
 from mmrdpm.errors import MmrdpmError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import Kind, make_plan
 from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.rdpm.published import PublishedConfig
+from mmrdpm.tokenizer_trainer import TokenizerTrainer
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe
 from mmrdpm.vocabulary import Vocabulary
 
 _OPTIONAL = {  # package -> what it is for
@@ -96,15 +102,39 @@ def _packages() -> Iterator[Line]:
 
 def _recipe(path: Path, overrides: list[str]) -> Iterator[Line]:
     try:
-        loaded = pretrained.complete(recipe.load(ModelRecipe, path, overrides))
-        yield Line("recipe", f"{path}: fits its schema")
-        shape = loaded.model.head_dim, loaded.data.seq_len
-        chosen = backend.resolve(loaded.train.attention, machine.device(), *shape)
-        yield Line("attention", chosen)
-        yield from _data(loaded)
-        yield from _needs(loaded)
+        of_images = recipe.read(path).get("kind") == "image"
+        yield from (_image_tokenizer if of_images else _model)(path, overrides)
     except MmrdpmError as error:
         yield Line("recipe", str(error), trouble=True)
+
+
+def _model(path: Path, overrides: list[str]) -> Iterator[Line]:
+    loaded = pretrained.complete(recipe.load(ModelRecipe, path, overrides))
+    yield Line("recipe", f"{path}: fits its schema")
+    shape = loaded.model.head_dim, loaded.data.seq_len
+    chosen = backend.resolve(loaded.train.attention, machine.device(), *shape)
+    yield Line("attention", chosen)
+    yield from _data(loaded)
+    yield from _needs(loaded)
+
+
+def _image_tokenizer(path: Path, overrides: list[str]) -> Iterator[Line]:
+    """Makes the tokeniser and reads the first batch, as a run would; memory is not foreseen."""
+    loaded = recipe.load(ImageTokenizerRecipe, path, overrides)
+    yield Line("recipe", f"{path}: fits its schema")
+    plan, config = loaded.train, loaded.tokenizer
+    check_batches(loaded.data, plan.batch_size, plan.codebook_batch)
+    size = config.autoencoder.image_size
+    data = open_images(loaded.data, plan.seed, size, plan.batch_size)
+    trainer = TokenizerTrainer(config, plan, data)
+    yield Line("tokenizer", trainer.describe())
+    data.images(plan.batch_size, torch.Generator().manual_seed(plan.seed))
+    yield Line("data", f"the first batch is there, {plan.batch_size} pictures of {size}x{size}")
+    if isinstance(data, StreamedImages):
+        yield from _broken(data.rows, loaded.data.max_broken_share)
+    held = sum(tensor.numel() for tensor in trainer.tokenizer.state_dict().values())
+    frozen = isinstance(config.autoencoder, PublishedConfig)
+    yield _disk(loaded.checkpoint, held if frozen else _CHECKPOINT * held)
 
 
 def _data(loaded: ModelRecipe) -> Iterator[Line]:
@@ -117,7 +147,12 @@ def _data(loaded: ModelRecipe) -> Iterator[Line]:
     loader = Loader(loaded.data, loaded.train.seed, images, texts, vocabulary)
     useful = (loader.batch().layout.document_ids >= 0).double().mean().item()
     yield Line("data", f"the first batch is there, {useful:.1%} of its tokens useful")
-    broken, seen, share = loader.rows.broken(), loader.rows.seen(), loaded.data.max_broken_share
+    yield from _broken(loader.rows, loaded.data.max_broken_share)
+
+
+def _broken(rows: InOrder | Lanes, share: float) -> Iterator[Line]:
+    """What was left out of the first batch, and whether it is more than the share allowed."""
+    broken, seen = rows.broken(), rows.seen()
     too_many = broken.total() > share * seen
     for cause, count in broken.most_common():
         yield Line("broken", f"{count} of {seen} records read for it: {cause}", trouble=too_many)
@@ -134,10 +169,14 @@ def _needs(loaded: ModelRecipe) -> Iterator[Line]:
     if plan.room:
         text += f", of {plan.room / 1e9:.0f} GB"
     yield Line("needs", text, trouble=not plan.fits)
-    kept = (loaded.checkpoint.keep + 1) * _CHECKPOINT * 4 * plan.parameters
-    free = shutil.disk_usage(".").free
+    yield _disk(loaded.checkpoint, _CHECKPOINT * plan.parameters)
+
+
+def _disk(policy: CheckpointPolicy, numbers: int) -> Line:
+    """Whether there is room for checkpoints of so many float32 numbers each."""
+    kept, free = (policy.keep + 1) * 4 * numbers, shutil.disk_usage(".").free
     text = f"{kept / 1e9:.2f} GB for checkpoints, {free / 1e9:.0f} GB are free"
-    yield Line("needs", text, trouble=kept > free)
+    return Line("needs", text, trouble=kept > free)
 
 
 def _kind() -> Kind:

@@ -19,6 +19,7 @@ import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
 _MOST_CORES = 8  # side by side, since what each computes takes memory of its own
+_EMULATED = 256  # side of the matrices whose product in emulated bfloat16 takes 0.05 s; 2048: 30 s
 _LOOK = 0.2  # seconds between two looks whether Ctrl-C was pressed
 _MAKING = Lock()
 Thing = TypeVar("Thing")
@@ -39,17 +40,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def matrix_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type that matrix products are computed in; auto takes bfloat16 where it pays.
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for bfloat16; a CPU without emulates it, up to a hundred times
+    slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-    A CPU without instructions for bfloat16 emulates it, about a hundred times slower.
-    """
+
+def matrix_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type that matrix products are computed in; auto takes bfloat16 where it pays."""
     if precision == "auto":
-        if device.type == "cuda":
-            has = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if has else "fp32"
+        precision = "bf16" if has_bfloat16(device) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -147,8 +149,11 @@ def measured_rate(device: torch.device, dtype: torch.dtype, side: int = 0) -> fl
 
     Args:
         side: of the matrices; 0 is 1024 on a CPU and 8192 on a GPU, where less does not fill it.
+            A CPU that emulates the type gets smaller ones.
     """
     side = side or (1024 if device.type == "cpu" else 8192)
+    if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16(device):
+        side = min(side, _EMULATED)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(4))
 

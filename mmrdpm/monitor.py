@@ -187,9 +187,10 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         if distributed.is_main():
+            # what may be refused comes first: no file is open then
+            self._logs += [WandB(self._wandb, self.run)] if self._wandb else []
             self._logs += [JsonLines(self.run / LOG_FILE, self._done)]
             self._logs += [TensorBoard(self.run / "tensorboard", self._done)]
-            self._logs += [WandB(self._wandb, self.run)] if self._wandb else []
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._stop)
         self._progress.start()

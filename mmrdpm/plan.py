@@ -175,12 +175,23 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"  {all_of_them:<19}{plan.together * plan.peak / 1e9:8.2f}{room}"
     yield f"seconds per update   {plan.seconds:.3g} (exchange between GPUs left out)"
     yield f"hours                {plan.hours:.3g} for {train.steps:,} updates"
+    if _emulates(plan):
+        yield (
+            "WARNING: this CPU has no bfloat16 arithmetic and emulates it: train.precision=fp32 is"
+            " faster"
+        )
     if not plan.fits:
         number = "fewer processes" if plan.together > 1 else "more GPUs"
         yield (
             "WARNING: it does not fit: lower train.micro_batch_size, set train.recompute=true,"
             f" train.parallel=fsdp, or use {number}"
         )
+
+
+def _emulates(plan: Plan) -> bool:
+    here = torch.device("cpu")
+    dtype = _dtype(plan.recipe, plan.kind)
+    return plan.kind == "cpu" and dtype == torch.bfloat16 and not machine.has_bfloat16(here)
 
 
 def _tokenizers(loaded: ModelRecipe) -> tuple[ImageTokenizer, Vocabulary]:

@@ -68,6 +68,8 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
     checkpoint.resume(run, trainer.restore)
     with Monitor(run, run.name, plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")
+        if trainer.parallel.sharded and recipe.samples.prompts:
+            monitor.say("samples.prompts: a sharded model is not drawn from while it is trained")
         dog.doing("drawing the first samples")
         trainer.sample(monitor)
         stopping = False

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.data.emoji import load_emoji
@@ -18,6 +19,23 @@ from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.train_model import train
+
+KL = {  # sizes of tiny autoencoders as diffusers makes them
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "sample_size": 16,
+}
+DC = {
+    "latent_channels": 8,
+    "attention_head_dim": 4,
+    **{f"{s}_block_types": ("ResBlock",) * 2 for s in ("encoder", "decoder")},
+    **{f"{s}_block_out_channels": (8, 16) for s in ("encoder", "decoder")},
+    **{f"{s}_layers_per_block": (1, 1) for s in ("encoder", "decoder")},
+    **{f"{s}_qkv_multiscales": ((), ()) for s in ("encoder", "decoder")},
+}
 
 
 def pytest_configure(config):
@@ -177,6 +195,37 @@ def backbone(tmp_path_factory):
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     ResNetModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def image_recipe_file(tmp_path):
+    """The file of a recipe of an image tokeniser on nine pictures without captions."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(9):
+        Image.new("RGB", (30, 20), (20 * i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
+    shape = {"image_size": 16, "latent_channels": 4, "widths": [8, 16], "blocks": 1}
+    mapping = {
+        "kind": "image",
+        "tokenizer": {"autoencoder": shape, "num_timesteps": 3, "codebook_size": 16},
+        "data": {"sources": {"p": {"type": "folder", "path": str(tmp_path / "pictures")}}},
+        "train": {"batch_size": 4, "codebook_batch": 8, "threads": 1},
+    }
+    path = tmp_path / "images.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Tiny autoencoders as diffusers saves them, by class."""
+    from diffusers import AutoencoderDC, AutoencoderKL
+
+    torch.manual_seed(0)
+    made = {"AutoencoderKL": AutoencoderKL(**KL), "AutoencoderDC": AutoencoderDC(**DC)}
+    folder = tmp_path_factory.mktemp("published")
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
     return folder
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,86 @@ def test_ray_makes_the_same_shards(folder, images, cache, tmp_path):
     for shard in range(writer.manifest.shards):
         made, expected = (shard_path(place, shard) for place in (tmp_path / "p", cache))
         assert made.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.slow  # Ray starts twice, about half a minute each
+@pytest.mark.filterwarnings("ignore")  # ray's own
+def test_what_ray_was_killed_in_goes_on_to_the_same_shards(images, tiny_tokenizers, tmp_path):
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    (tmp_path / "data").mkdir()
+    for i in range(12):  # so large that the kill comes long before the last
+        pixels = np.random.default_rng(i).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02d}.png", compress_level=1)
+        (tmp_path / "data" / f"{i:02d}.txt").write_text(f"number {i}")
+    path = tmp_path / "r.yaml"
+    sources = {"p": {"type": "folder", "path": str(tmp_path / "data")}}
+    names = {"image": str(tiny_tokenizers / "image")}
+    path.write_text(yaml.safe_dump({"tokenizers": names, "data": {"sources": sources}}))
+    command = [sys.executable, "-m", "mmrdpm", "data", "cache", str(path), "--ray"]
+    command += ["--out", str(tmp_path / "killed"), "--per-shard", "1"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("killed/p/shard-*.safetensors")):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    whole, killed = (
+        CacheWriter(source(tmp_path / "data"), images, tmp_path / name / "p", "tiny", per_shard=1)
+        for name in ("whole", "killed")
+    )
+    write_all(whole)
+    assert 0 < len(killed.missing()) < 12
+    assert not [broken for _, some in killed.write_by_ray(killed.missing()) for broken in some]
+    ray.shutdown()
+    for shard in range(12):
+        made, expected = (shard_path(writer.folder, shard) for writer in (killed, whole))
+        assert made.read_bytes() == expected.read_bytes()
+
+
+class OnTheGpu:
+    """A tokeniser that would be on CUDA, and a Ray that takes it along and makes one worker."""
+
+    def __init__(self, device="cuda"):
+        self.asked, self.travelled = {}, ""
+        self.to(device)
+
+    def to(self, device):
+        self.codebook = SimpleNamespace(codes=SimpleNamespace(device=torch.device(device)))
+
+    def cpu(self):
+        self.to("cpu")
+
+    def from_items(self, items):
+        self.items = items
+        return self
+
+    def ActorPoolStrategy(self, **_):
+        return None
+
+    def map(self, worker, fn_constructor_args, **asked):
+        self.travelled, self.asked = self.codebook.codes.device.type, asked
+        self.worker = worker(*fn_constructor_args)
+        return self
+
+    def iter_rows(self):
+        return map(self.worker, self.items)
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 1), ("cpu", None)])
+def test_rays_workers_get_a_gpu_each_and_the_tokeniser_without_one(
+    folder, images, tmp_path, monkeypatch, device, gpus
+):
+    writer = CacheWriter(source(folder), images, tmp_path / "p", "tiny", per_shard=5)
+    writer.tokenizer = fake = OnTheGpu(device)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=fake))
+    monkeypatch.setitem(sys.modules, "ray.data", fake)
+    seen = []
+    monkeypatch.setattr(
+        writer, "write", lambda i: (seen.append((i, fake.codebook.codes.device.type)), [])
+    )
+    assert len(list(writer.write_by_ray([0, 2]))) == 2
+    assert (fake.travelled, fake.asked["num_gpus"]) == ("cpu", gpus)
+    assert seen == [(0, device), (2, device)]
 
 
 def test_a_cache_holds_the_latents_of_the_pictures_it_was_made_of(folder, images, cache):
@@ -268,6 +349,15 @@ def test_inspect_of_a_recipe_shows_each_source(cache_recipe, capsys):
     assert "no such file or folder" in capsys.readouterr().err
     assert main(["data", "inspect", "s-0.tar", "s-1.tar"]) == 1
     assert "put braces and stars in quotes" in capsys.readouterr().err
+
+
+def test_inspect_of_an_image_tokenisers_recipe_wants_no_captions(image_recipe_file, capsys):
+    assert main(["data", "inspect", str(image_recipe_file)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("p: folder, 9 records\n") and "  problems: none\n" in said
+    assert "  pictures: 9, width 30 to 30" in said
+    assert main(["data", "inspect", str(image_recipe_file), "data={}", "--n", "2"]) == 0
+    assert capsys.readouterr().out.startswith("emoji: emoji, ")
 
 
 def test_a_damaged_manifest_is_one_clear_error(cache, tmp_path):

@@ -97,7 +97,7 @@ def test_a_broken_local_file_is_no_matter_of_the_network(
     with pytest.raises(DataError) as refusal:
         opened("huggingface", tmp_path / name, streaming=streaming)
     said = str(refusal.value)
-    assert "check subset and split, and that the file is whole, in UTF-8" in said
+    assert "check subset and split, and that the file holds rows, is whole, in UTF-8" in said
     assert "network" not in said and "An error occurred while generating" not in said
 
 

@@ -149,3 +149,14 @@ def test_ctrl_c_waits_for_what_is_at_work_and_begins_nothing_more():
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0].splitlines()
     assert said[-1] == "True True 2"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "side"),
+    [(torch.bfloat16, False, 256), (torch.bfloat16, True, 2048), (torch.float32, False, 2048)],
+)
+def test_a_type_that_the_cpu_emulates_is_measured_by_small_products(dtype, has, side, monkeypatch):
+    """Of 2048 by 2048 four would take two minutes."""
+    monkeypatch.setattr(machine, "has_bfloat16", lambda _: has)
+    monkeypatch.setattr(machine, "seconds", lambda *_: 2.0)
+    assert machine.measured_rate(torch.device("cpu"), dtype, side=2048) == side**3

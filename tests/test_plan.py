@@ -144,6 +144,19 @@ def test_a_gpu_waits_for_the_host_where_there_is_little_to_do(tiny_recipe):
     assert seconds(*large) < 0.8 * seconds(*large, "train.compile=false")
 
 
+def test_bfloat16_that_a_cpu_would_emulate_is_warned_of(tiny_recipe, monkeypatch):
+    monkeypatch.setattr(machine, "measured_rate", lambda *_, **__: 1e9)
+
+    def warned(kind, precision, has):
+        monkeypatch.setattr(machine, "has_bfloat16", lambda _: has)
+        said = lines(make_plan(load(tiny_recipe, f"train.precision={precision}"), 1, kind))
+        return any("no bfloat16 arithmetic" in line and "fp32 is faster" in line for line in said)
+
+    assert warned("cpu", "bf16", False)
+    assert not warned("cpu", "bf16", True) and not warned("cpu", "auto", False)
+    assert not warned("h100", "bf16", False)  # of another machine
+
+
 def test_rows_that_cannot_be_shared_are_refused(tiny_recipe):
     with pytest.raises(UsageError, match=r"data\.rows is 2, no multiple of 3"):
         make_plan(load(tiny_recipe), 3, "h100")
@@ -176,6 +189,34 @@ def test_doctor_tells_what_is_broken_in_the_first_batch(tiny_recipe, tmp_path, c
     said = capsys.readouterr().out
     assert re.search(r"  broken +\d+ of \d+ records read for it: t: not valid JSON", said)
     assert "max_broken_share" not in said
+
+
+def test_doctor_looks_at_the_recipe_of_an_image_tokeniser(image_recipe_file, tmp_path, capsys):
+    def told(*overrides, status):
+        assert main(["doctor", str(image_recipe_file), *overrides]) == status
+        return capsys.readouterr().out
+
+    said = told(status=0)
+    assert f"  recipe       {image_recipe_file}: fits its schema" in said
+    assert re.search(r"  tokenizer +autoencoder of .*M parameters, p 100.0% of 9 records", said)
+    assert re.search(r"  data +the first batch is there, 4 pictures of 16x16", said)
+    assert re.search(r"  needs +0\.00 GB for checkpoints", said) and "broken " not in said
+    assert re.search(r"  data +the first batch is there", told("data={}", status=0))
+    assert "! recipe       train.codebook_batch is 9" in told("train.codebook_batch=9", status=1)
+    nowhere = "data.sources.p.path=/nowhere/at/all"
+    assert "! recipe       /nowhere/at/all: no such folder" in told(nowhere, status=1)
+    (tmp_path / "pictures" / "0.png").write_bytes(b"no picture")
+    whole_epoch = ("train.batch_size=9", "train.codebook_batch=9")
+    said = told(*whole_epoch, "data.max_broken_share=0.9", status=0)
+    assert re.search(r"  broken +\d of \d+ records read for it: p: not a picture", said)
+    assert "! broken" in told(*whole_epoch, status=1)
+
+
+def test_a_plan_of_a_tokeniser_says_what_is_planned_in_its_place(image_recipe_file, capsys):
+    assert main(["plan", str(image_recipe_file)]) == 1
+    said = capsys.readouterr().err
+    assert "kind is 'image', not 'model': plans are made of models" in said
+    assert "tokenizers.image=RECIPE.yaml" in said and said.count("\n") == 1
 
 
 def test_a_shard_holds_no_whole_gradient_but_the_embeddings(tiny_recipe):

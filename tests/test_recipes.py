@@ -2,11 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
-import yaml
 from tokenizers import models
 
 from mmrdpm import hub, recipe, shipped
@@ -17,13 +18,15 @@ from mmrdpm.evaluation import suite
 from mmrdpm.language_model import LanguageModel
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import make_plan
-from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from mmrdpm.train_tokenizer import ImageTokenizerRecipe, TextTokenizerRecipe
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe, TextTokenizerRecipe, train_image
 from mmrdpm.vocabulary import SPECIALS, Vocabulary
 
 SCHEMAS = {"image": ImageTokenizerRecipe, "text": TextTokenizerRecipe, "model": ModelRecipe}
 RECIPES = sorted(shipped.folder("recipes").glob("*.yaml"))
 SUITES = sorted(shipped.folder("eval").glob("*.yaml"))
+OWN, PUBLISHED = "tokenizer_256_f16", "tokenizer_published_256"
 LARGE = [p for p in RECIPES if p.stem.startswith(("imagenet256", "t2i", "unified"))]
 TEXT_IDS = {  # of the published tokenizers
     "emoji-bpe-4k": 4096,
@@ -57,6 +60,19 @@ QWEN3_8B_BASE = {  # the published config.json
     "tie_word_embeddings": False,
     "use_sliding_window": False,
     "vocab_size": 151936,
+}
+SD_VAE_FT_MSE = {  # the same of stabilityai/sd-vae-ft-mse
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 256,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 
 
@@ -100,21 +116,54 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "fetch", fetch)
 
 
-def tokenizer_of(side):
-    """The spec of recipes/tokenizer_256_f16.yaml, of pictures of any side."""
-    shape = {"image_size": side, "latent_channels": 16, "patch": 4, "widths": [192, 384, 768]}
-    section = {"autoencoder": {**shape, "blocks": 4}, "num_timesteps": 10, "codebook_size": 4096}
-    return recipe.from_dict(ImageTokenizerConfig, section, "spec"), {
-        "kind": "image",
-        "tokenizer": section,
-    }
+def image_recipe(name, *overrides):
+    return recipe.load(ImageTokenizerRecipe, shipped.resolve("recipes", name), overrides)
+
+
+def bare(config):
+    """A tokeniser without memory, and the parameters of its autoencoder in millions."""
+    with torch.device("meta"):
+        made = ImageTokenizer(config)
+    return made, sum(p.numel() for p in made.autoencoder.parameters()) / 1e6
+
+
+def test_the_image_tokenisers_are_of_the_size_that_the_docs_say():
+    table = (Path(__file__).parent.parent / "docs" / "tokenizers.md").read_text()
+    own, millions = bare(image_recipe(OWN).tokenizer)
+    assert f"{OWN}.yaml` | our own, 256 pixels, f=16, K=4096, T=10, {millions:.0f}M para" in table
+    assert (own.grid, own.codebook_size, own.num_timesteps) == ((16, 16), 4096, 10)
+    config = image_recipe(PUBLISHED).tokenizer
+    filled = replace(config.autoencoder, architecture=json.dumps(SD_VAE_FT_MSE))
+    theirs, millions = bare(replace(config, autoencoder=filled))
+    assert f"{PUBLISHED}.yaml` | published, frozen, 256 pixels, f=8, K=4096, T=10 |" in table
+    assert (theirs.grid, theirs.latent_channels) == ((32, 32), 4) and f"{millions:.1f}" == "83.7"
+
+
+def test_the_recipe_on_a_published_autoencoder_trains_on_a_tiny_one(
+    published, image_recipe_file, tmp_path
+):
+    small = ["batch_size=4", "codebook_batch=8", "steps=3", "statistics_images=8", "threads=1"]
+    tiny = image_recipe(
+        PUBLISHED,
+        f"tokenizer.autoencoder.diffusers={published / 'AutoencoderKL'}",
+        "tokenizer.autoencoder.image_size=16",
+        f"data.sources.pictures.path={tmp_path / 'pictures'}",
+        "data.workers=0",
+        "checkpoint.log_every=1",
+        *(f"train.{key}" for key in small),
+    )
+    assert train_image(tiny, tmp_path / "run")
+    made = image_tokenizer.load(tmp_path / "run")
+    assert (made.grid, made.codebook_size, made.num_timesteps) == ((8, 8), 4096, 10)
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert ["loss/codebook" in json.loads(line) for line in logged] == [True] * 3
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
 def test_the_size_of_a_large_model(path):
     loaded = recipe.load(ModelRecipe, path)
     with torch.device("meta"):
-        images = ImageTokenizer(tokenizer_of(256)[0])
+        images = ImageTokenizer(image_recipe(OWN).tokenizer)
         model = build(loaded.model, Vocabulary(TEXT_IDS[loaded.tokenizers.text], 4096), images)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
         MILLIONS[path.stem], abs=0.5
@@ -124,7 +173,8 @@ def test_the_size_of_a_large_model(path):
 def planned(path, tmp_path, *more):
     """The plan for the GPUs that the header names."""
     spec = tmp_path / "tokenizer.yaml"
-    spec.write_text(yaml.safe_dump(tokenizer_of(512 if "512" in path.stem else 256)[1]))
+    side = 512 if "512" in path.stem else 256
+    recipe.dump(image_recipe(OWN, f"tokenizer.autoencoder.image_size={side}"), spec)
     overrides = [f"tokenizers.image={spec}", *more]
     return make_plan(recipe.load(ModelRecipe, path, overrides), promised(path)[0], "h100")
 

@@ -1,10 +1,14 @@
 """A sharded model on several ranks: on nodes that copy it, in turns, on disk."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from ranks import finish, losses, remove_after, start_ranks
 
-from mmrdpm import recipe
+from mmrdpm import checkpoint, recipe, weights
 from mmrdpm.engine import shards
 from mmrdpm.errors import CheckpointError
 from mmrdpm.model_recipe import ModelRecipe
@@ -32,6 +36,54 @@ class Looked(train_model.Trainer):
 train_model.Trainer = Looked
 more = ["train.parallel=hybrid"]
 assert train_model.train(recipe.load(ModelRecipe, sys.argv[1], more), Path(sys.argv[3]))
+"""
+
+
+SPOILED = """
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mmrdpm import distributed, recipe, train_model
+from mmrdpm.engine import parallel
+from mmrdpm.model_recipe import ModelRecipe
+
+last, loss, trainers = distributed.rank() == distributed.world_size() - 1, parallel.loss, []
+
+
+def poisoned(*arguments):  # on the last rank, from update 13 until the guard goes back
+    made, trainer = loss(*arguments), trainers[0]
+    bad = last and trainer.step >= 12 and not trainer.guard.rollbacks
+    return replace(made, total=made.total * math.nan) if bad else made
+
+
+class Spoiled(train_model.Trainer):
+    def __init__(self, *arguments):
+        trainers.append(self)
+        super().__init__(*arguments)
+
+    def parts(self):
+        return [t.to_local() if distributed.is_sharded(t) else t for t in self._sharded().values()]
+
+    def save(self, run):
+        super().save(run)
+        if self.step == 10:
+            self.kept = [part.clone() for part in self.parts()]
+
+    def roll_back(self, run):
+        assert self.step == 15
+        said = super().roll_back(run)
+        assert all(a.equal(b) for a, b in zip(self.parts(), self.kept, strict=True))
+        place = self._place()
+        told = {"said": said, "step": self.step, "guard": self.guard.state(), "place": place}
+        (run / f"rank-{distributed.rank()}.json").write_text(json.dumps(told, default=str))
+        return said
+
+
+train_model.Trainer, parallel.loss = Spoiled, poisoned
+assert train_model.train(recipe.load(ModelRecipe, sys.argv[1], sys.argv[4:]), Path(sys.argv[3]))
 """
 
 
@@ -99,6 +151,8 @@ def test_shards_are_read_by_as_many_ranks_as_there_are(shared_recipe, alone, tmp
     (torn / "shard-00003-model-00001-of-00001.safetensors").write_bytes(b"torn")
     codes, _, err = finish(start_ranks(shared_recipe, run, "train.parallel=fsdp"))
     assert codes == [0, 0], err
+    assert "samples.prompts: a sharded model is not drawn from" in err[0]
+    assert not (run / "samples").exists()
     state = run / "resume" / "step-0000010"
     assert {p.suffix for p in state.rglob("*") if p.is_file()} == {".safetensors"}
     parts = sorted((state / "shards").iterdir())
@@ -139,6 +193,25 @@ def test_turns_stay_exact_where_layers_are_gathered_narrow_and_muon_shares_an_od
     program = (str(tmp_path / "narrow.py"),)
     codes, _, err = finish(start_ranks(shared_recipe, tmp_path / "run", program=program))
     assert codes == [0, 0], err
+
+
+def test_a_loss_that_is_bad_on_one_rank_takes_both_back_to_one_checkpoint(shared_recipe, tmp_path):
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    program, patience = (str(tmp_path / "spoiled.py"),), "train.guard.patience=3"
+    one = [sys.executable, *program, str(shared_recipe), "--run", str(tmp_path / "one"), patience]
+    subprocess.run(one, check=True, capture_output=True)
+    run = tmp_path / "two"
+    sharded = [patience, "train.parallel=fsdp"]
+    codes, _, err = finish(start_ranks(shared_recipe, run, *sharded, program=program))
+    assert codes == [0, 0], err
+    first, second = (json.loads((run / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert (first["said"].split(",")[0], first["step"]) == ("back to step-0000010.safetensors", 10)
+    assert (first["guard"]["skipped"], first["guard"]["rollbacks"]) == (3, 1)
+    assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    ours, theirs = (weights.load(checkpoint.newest(r))[0] for r in (run, tmp_path / "one"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
 
 
 def test_shards_that_are_written_beside_the_training_are_of_the_moment_they_were_begun(tmp_path):

@@ -85,18 +85,23 @@ def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [w for w in words if "=" not in w], [w for w in words if "=" in w]
 
 
-def recipe_file(name: str, kinds: tuple[str, ...]) -> Path:
-    """The file of a recipe, which must be of one of the kinds."""
+def recipe_file(name: str, kinds: tuple[str, ...], instead: str = "") -> Path:
+    """The file of a recipe, which must be of one of the kinds.
+
+    Args:
+        instead: what to do with one of another kind; by default, the command for it.
+    """
     try:
         path = shipped.resolve("recipes", name)
     except MmrdpmError as error:
         raise RecipeError(str(error)) from None
     kind = recipe.read(path).get("kind")
     if kind not in kinds:
+        known = ("model", "image", "text", "sweep")
         command = {"model": "train", "sweep": "sweep"}.get(str(kind), "tokenizer train")
         raise RecipeError(
             f"{path}: kind is {kind!r}, not {' or '.join(map(repr, kinds))}"
-            + (f": use mmrdpm {command}" if kind in ("model", "image", "text", "sweep") else "")
+            + (f": {instead or f'use mmrdpm {command}'}" if kind in known else "")
         )
     return path
 

@@ -16,12 +16,14 @@ from mmrdpm import distributed, machine, recipe, shipped
 from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
 from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.faults import ReadOnce
+from mmrdpm.data.images import without_captions
 from mmrdpm.data.inspect import guess, inspect
 from mmrdpm.data.records import Indexed, Source
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.train_tokenizer import ImageTokenizerRecipe
 
 
 def add(commands: Commands) -> None:
@@ -62,11 +64,15 @@ def data_inspect(options: argparse.Namespace) -> None:
 
 
 def _configs(source: str, overrides: list[str]) -> dict[str, SourceConfig]:
-    """The sources of a recipe; or the one that a path means."""
+    """The sources of a recipe, as its training opens them; or the one that a path means."""
+    emoji = SourceConfig("emoji")
     if Path(source).suffix in (".yaml", ".yml") or _is_recipe(source):
-        loaded = recipe.load(ModelRecipe, recipe_file(source, ("model",)), overrides)
-        embedded = {"emoji": SourceConfig("emoji"), "glosses": SourceConfig("glosses")}
-        return loaded.data.sources or embedded
+        path = recipe_file(source, ("model", "image"))
+        if recipe.read(path)["kind"] == "image":
+            pictures = recipe.load(ImageTokenizerRecipe, path, overrides).data.sources
+            return {n: without_captions(c) for n, c in pictures.items()} or {"emoji": emoji}
+        sources = recipe.load(ModelRecipe, path, overrides).data.sources
+        return sources or {"emoji": emoji, "glosses": SourceConfig("glosses")}
     mapping = recipe.to_dict(guess(source))
     for override in overrides:
         key, separator, value = override.partition("=")

@@ -25,7 +25,11 @@ def add(commands: Commands) -> None:
 
 def plan_command(options: argparse.Namespace) -> int:
     """Says what a recipe will need: memory, operations, hours; 1 if it does not fit."""
-    path = recipe_file(options.recipe, ("model",))
+    instead = (
+        "plans are made of models: name a model's recipe; with tokenizers.image=RECIPE.yaml it is"
+        " planned on the image tokeniser of that recipe"
+    )
+    path = recipe_file(options.recipe, ("model",), instead)
     loaded = recipe.load(ModelRecipe, path, options.overrides)
     plan = make_plan(loaded, options.gpus, options.kind)
     for line in lines(plan):
@@ -35,7 +39,7 @@ def plan_command(options: argparse.Namespace) -> int:
 
 def doctor_command(options: argparse.Namespace) -> int:
     """Says what this machine can do, and whether a recipe can be trained on it."""
-    path = recipe_file(options.recipe, ("model",)) if options.recipe else None
+    path = recipe_file(options.recipe, ("model", "image")) if options.recipe else None
     found = list(examine(path, options.overrides))
     for line in found:
         print(line)

@@ -153,6 +153,8 @@ class CacheWriter:
     def write_by_ray(self, shards: Sequence[int]) -> Iterator[tuple[int, list[Broken]]]:
         """As `write`, shared out by Ray Data over a cluster whose nodes all see the folder.
 
+        Where the tokeniser is on CUDA each worker takes one GPU; here the tokeniser leaves it.
+
         Raises:
             DataError: Ray is not installed.
         """
@@ -161,11 +163,14 @@ class CacheWriter:
         except ModuleNotFoundError:
             raise DataError("--ray needs: pip install 'mmrdpm[ray]'") from None
 
-        def make(row: dict[str, int]) -> dict[str, str]:
-            count, skipped = self.write(row["shard"])
-            return {"made": json.dumps([count, [vars(broken) for broken in skipped]])}
-
-        rows = ray.data.from_items([{"shard": i} for i in shards]).map(make)
+        device = self.tokenizer.codebook.codes.device.type
+        self.tokenizer.cpu()  # travels so: where a worker starts, no GPU is known to be its own
+        rows = ray.data.from_items([{"shard": i} for i in shards]).map(
+            _RayWorker,
+            fn_constructor_args=(self, device),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(shards))),
+            num_gpus=1 if device == "cuda" else None,
+        )
         for row in rows.iter_rows() if shards else ():
             count, skipped = json.loads(row["made"])
             yield count, [Broken(**broken) for broken in skipped]
@@ -188,6 +193,18 @@ class CacheWriter:
             return to_square(picture, self.tokenizer.image_size)
         size = nearest_size(picture.size, self.sizes)
         return np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
+
+
+class _RayWorker:
+    """A process of Ray's with a writer of its own, on the device that Ray gave it."""
+
+    def __init__(self, writer: CacheWriter, device: str) -> None:
+        writer.tokenizer.to(device)
+        self.writer = writer
+
+    def __call__(self, row: dict[str, int]) -> dict[str, str]:
+        count, skipped = self.writer.write(row["shard"])
+        return {"made": json.dumps([count, [vars(broken) for broken in skipped]])}
 
 
 class _Shard:

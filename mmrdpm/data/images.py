@@ -25,7 +25,7 @@ from mmrdpm.data.loader import check_unchanged, merge_states
 from mmrdpm.data.mixture import Mixture
 from mmrdpm.data.pictures import PictureError, open_picture, picture_of, to_square, to_tensor
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import Broken, Interleaved, Pair, Picture, Record, Source
+from mmrdpm.data.records import Broken, Interleaved, Pair, Picture, Record
 from mmrdpm.data.rows import Lanes
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.data.sources.files import IMAGE_SUFFIXES, find
@@ -178,7 +178,8 @@ class StreamedImages:
         self, plan: ImagePlan, seed: int, size: int, batch_size: int, skipped_log: Path | None
     ) -> None:
         self.batch_size = batch_size
-        sources = {name: _open(name, config) for name, config in plan.sources.items()}
+        configs = {name: without_captions(config) for name, config in plan.sources.items()}
+        sources = {name: open_source(name, config) for name, config in configs.items()}
         weights = {name: config.weight for name, config in plan.sources.items()}
         self.stream = Mixture(sources, weights, seed, Cropper(plan, size))
         rank, ranks = distributed.rank(), distributed.world_size()
@@ -286,10 +287,11 @@ def load_squares(folder: Path, size: int, count: int) -> np.ndarray:
     return np.stack([_centre(open_picture(paths[i]), size) for i in chosen])
 
 
-def _open(name: str, config: SourceConfig) -> Source:
+def without_captions(config: SourceConfig) -> SourceConfig:
+    """A source of pictures whose captions nobody looks at: a folder needs none then."""
     if config.type == "folder" and not config.template:
-        config = replace(config, template="{label}", caption="")  # no captions are needed
-    return open_source(name, config)
+        return replace(config, template="{label}", caption="")
+    return config
 
 
 def _centre(picture: Image.Image, size: int) -> np.ndarray:

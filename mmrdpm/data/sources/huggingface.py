@@ -75,7 +75,8 @@ def _fault(path: str, what: str, error: Exception, mend: str) -> DataError:
     """One line of an error of the library; `mend` is for what does not lie on this machine."""
     if _local_folders(path):
         mend = (
-            "check subset and split, and that the file is whole, in UTF-8, and what its name says"
+            "check subset and split, and that the file holds rows, is whole, in UTF-8, and what its"
+            " name says"
         )
     return DataError(f"{path}: {what} ({hub.reason(error)}): {mend}")
 

@@ -1,0 +1,92 @@
+"""Weights & Biases, by a module that stands in for it: what it is told, and what it is not."""
+
+import sys
+
+import pytest
+from PIL import Image
+
+from mmrdpm.errors import RecipeError
+from mmrdpm.monitor import Monitor
+
+
+class Wandb:
+    """Remembers every call, as the package of that name would get it."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.begun, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.begun.append(options)
+        return self
+
+    def log(self, figures, step):
+        self.logged.append((step, figures))
+
+    def finish(self):
+        self.finished += 1
+
+    def Image(self, image):
+        return ("image", image.size)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_every_figure_and_goes_on_as_the_same_run(wandb, tmp_path):
+    run = tmp_path / "mine"
+    run.mkdir()
+    with Monitor(run, "title", total=9, wandb="project") as monitor:
+        monitor.record(1, {"loss": 2.0, "lr": 0.1}, {"loss": "2.0"})
+        monitor.picture("samples", 1, Image.new("RGB", (3, 2)))
+        monitor.text("completion", 1, "a heart")
+        assert not wandb.finished
+    assert wandb.logged == [
+        (1, {"loss": 2.0, "lr": 0.1}),
+        (1, {"samples": ("image", (3, 2))}),
+        (1, {"completion": "a heart"}),
+    ]
+    with Monitor(run, "title", total=9, done=1, wandb="project") as monitor:
+        monitor.record(2, {"loss": 1.0}, {})
+    assert wandb.logged[-1] == (2, {"loss": 1.0}) and wandb.finished == 2
+    first, again = wandb.begun
+    assert first == again and len(first["id"]) == 32
+    given = {"project": "project", "name": "mine", "resume": "allow", "dir": str(run)}
+    assert first == given | {"id": first["id"]}
+    (tmp_path / "other").mkdir()
+    with Monitor(tmp_path / "other", "title", total=9, wandb="project"):
+        pass
+    assert wandb.begun[-1]["id"] != first["id"]
+
+
+def test_wandb_is_told_by_the_first_rank_alone_and_only_where_asked(wandb, tmp_path, monkeypatch):
+    with Monitor(tmp_path, "title", total=9) as monitor:
+        monitor.record(1, {"loss": 2.0}, {})
+    monkeypatch.setenv("RANK", "1")
+    with Monitor(tmp_path, "title", total=9, wandb="project") as monitor:
+        monitor.record(1, {"loss": 2.0}, {})
+    assert not wandb.begun and not wandb.logged
+
+
+def test_wandb_that_is_missing_or_refuses_is_one_line(wandb, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise Wandb.Error("no API key\n  configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with (
+        pytest.raises(RecipeError, match=r"could not begin \(no API key configured\): log in"),
+        Monitor(tmp_path, "title", total=9, wandb="project"),
+    ):
+        pass
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not installed
+    with (
+        pytest.raises(RecipeError, match="wandb is not installed: pip install wandb"),
+        Monitor(tmp_path, "title", total=9, wandb="project"),
+    ):
+        pass
