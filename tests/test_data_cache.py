@@ -97,7 +97,8 @@ def test_what_ray_was_killed_in_goes_on_to_the_same_shards(images, tiny_tokenize
     path = tmp_path / "r.yaml"
     sources = {"p": {"type": "folder", "path": str(tmp_path / "data")}}
     names = {"image": str(tiny_tokenizers / "image")}
-    path.write_text(yaml.safe_dump({"tokenizers": names, "data": {"sources": sources}}))
+    mapping = {"kind": "model", "tokenizers": names, "data": {"sources": sources}}
+    path.write_text(yaml.safe_dump(mapping))
     command = [sys.executable, "-m", "mmrdpm", "data", "cache", str(path), "--ray"]
     command += ["--out", str(tmp_path / "killed"), "--per-shard", "1"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
