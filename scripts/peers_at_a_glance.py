@@ -4,8 +4,8 @@
 
 Rows differ in the codes that they draw, so each is a `mmrdpm bench peers` in a folder of its own,
 some 15 to 20 minutes of two quiet CPU cores a run. Stopped, the same command goes on. Overrides
-hold for all, as `budget.flops=1e10 judging.concepts=20` for a trial. Times of rows are not taken in
-turns.
+hold for all, as `budget.flops=1e10 judging.concepts=20` for a trial, which needs another folder:
+what has been judged in one is kept.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ ROWS: dict[str, tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = {
         (OF_4096, "ours.expected_steps=3", *grid("1.0,1.5,2.0", "0.2")),
     ),
     "ours-no-noise-three": ("ours", NO_NOISE, (*FIXED, *grid("1.0,1.5", "0.2,0.4"))),
-    "causal-flow": ("causal_flow", None, grid("1.5,2.0,4.0")),
+    "causal-flow": ("causal_flow", None, ("causal_flow.steps=[10]", *grid("1.5,2.0,4.0"))),
     "raster-four-levels": ("raster", None, ("equal.levels=4", *grid("1.0,1.5", "0.1,0.2"))),
     "raster": ("raster", None, grid("1.0,1.5", "0.1,0.2,0.4")),
-    "flow": ("flow", None, grid("1.5,2.0,4.0")),
+    "flow": ("flow", None, ("flow.steps=[10]", *grid("1.5,2.0,4.0"))),
     "ours-blind-ten": ("ours", None, grid("1.0,1.25,1.5")),
     "ours-seen-five-drawn": ("ours", FIVE, (OF_4096, SEEN, DRAWN, *grid("1.5,2.0", "0.2,0.4"))),
     "ours-seen-ten-drawn": ("ours", None, (SEEN, DRAWN, *grid("1.5,2.0", "0.2,0.4"))),
-    "transfusion": ("transfusion", None, grid("1.5,2.0,4.0")),
+    "transfusion": ("transfusion", None, ("transfusion.steps=[50]", *grid("1.5,2.0,4.0"))),
 }
 
 

@@ -68,3 +68,24 @@ def test_scripts_judge_as_the_command_does(recipe, tmp_path, monkeypatch, capsys
 
     assert _status(monkeypatch, "peer_held_out", out, "flow") == 1
     assert "flow has no weights here" in capsys.readouterr().err
+
+
+def test_the_table_at_a_glance_takes_what_names_most_then_the_lowest_distance(tmp_path):
+    script = runpy.run_path("scripts/peers_at_a_glance.py")
+    for row, (peer, _, _) in script["ROWS"].items():
+        (tmp_path / row / peer).mkdir(parents=True)
+        results = {"parameters": 6_380_000, "tokens_per_image": 96}
+        (tmp_path / row / peer / "results.json").write_text(json.dumps(results))
+        ways = [(1.0, 0.5, 0.03), (1.5, 0.6, 0.05), (2.0, 0.6, 0.04 if row == "flow" else 0.06)]
+        lines = [
+            {"split": split, "steps": 10, "guidance_scale": scale, "temperature": None}
+            | {"top10": top10 - less, "top1": 0.25, "kid": kid + less}
+            for split, less in (("train", 0), ("held_out_tone", 0.1))
+            for scale, top10, kid in ways
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / row / "held-out.jsonl").write_text(text)
+    _, _, first, *others = script["table"](tmp_path).splitlines()
+    assert first == "| flow | 60.0% / 25.0% | 40 | 50.0%, 140 | 6.38M | 96, 10 |"
+    assert len(others) == len(script["ROWS"]) - 1
+    assert all("| 60.0% / 25.0% | 50 | 50.0%, 150 |" in line for line in others)
