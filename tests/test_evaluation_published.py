@@ -188,10 +188,18 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     assert status == 1 and "5.png: the picture could not be read" in err
     assert not (tmp_path / "out/pictures").exists()
     (tmp_path / "real/5.png").write_bytes(whole)
-    status, _, err = run("imagenet256", *small, "samples=11", "guidance_scale=1.5")
+    against = ("guidance_scales=[0.5, 1.5]", "guidance_samples=11")
+    status, _, err = run("imagenet256", *small, *against, "samples=11", "guidance_scale=1.5")
     assert status == 0, err
     found = {f.name.split("/")[-1]: f for f in results.load(tmp_path / "out").figures}
-    assert set(found) == {"FID", "Inception score", "precision", "recall"}
+    at = {f"{name} at guidance {s}" for name in ("precision", "recall") for s in ("0.5", "1.5")}
+    assert set(found) == {"FID", "Inception score", "precision", "recall"} | at
+    assert found["precision at guidance 1.5"].value == found["precision"].value  # the same pictures
+    at_half = found["recall at guidance 0.5"]
+    assert at_half.count == 12 and found["precision at guidance 0.5"].count == 11
+    assert at_half.protocol["guidance_scale"] == 0.5 and at_half.protocol["count"] == 11
+    page = (tmp_path / "out/report.html").read_text()
+    assert "precision against guidance" in page and "recall against guidance" in page
     assert found["FID"].value > 0 and found["FID"].count == 11
     assert found["FID"].protocol["reference"] == 12
     assert found["FID"].protocol["guidance_scale"] == 1.5
@@ -199,22 +207,25 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     assert found["precision"].protocol["neighbours"] == 3
     score = found["Inception score"].protocol
     assert score["splits"] == 10 and not {"reference", "reference_sha256"} & set(score)
+    assert len(list(Path("out/pictures").rglob("*.png"))) == 22
+    at_most = ("metrics=[guidance]", "guidance_samples=3")
+    assert_mistake(run("imagenet256", *small, *at_most), "guidance needs", "raise guidance_samples")
+    published = "metrics=[fid, inception_score, precision_recall]"
     alone = ("metrics=[inception_score]", "guidance_scale=1.5", "reference=nowhere")
     assert run("imagenet256", *small, "samples=11", *alone)[0] == 0
     assert results.load(tmp_path / "out").figures == [found["Inception score"]]
-    assert len(list(Path("out/pictures").rglob("*.png"))) == 11
     seen = []
     forward = Small.forward
     monkeypatch.setattr(Small, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    more = ("samples=12", "guidance_scale=1.5")
+    more = ("samples=12", "guidance_scale=1.5", published)
     assert run("imagenet256", *small, *more)[0] == 0 and seen == [12]  # the real ones were kept
     for kept in (tmp_path / "out/parts").glob("*.safetensors"):
         kept.write_bytes(kept.read_bytes()[:20])
-    status, out, err = run("imagenet256", *small, "samples=11", "seed=1")
+    status, out, err = run("imagenet256", *small, "samples=11", "seed=1", published)
     assert status == 1 and out == "" and err.endswith("remove it, and it is made anew\n")
     shutil.rmtree(tmp_path / "out/parts")
     few = (*small, "samples=3", "metrics=[fid, precision_recall]")
-    assert_mistake(run("imagenet256", *few), "at least 4 pictures", "not 3 samples")
+    assert_mistake(run("imagenet256", *few), "at least 4 pictures", "not 3 samples: raise samples")
     assert_mistake(run("imagenet256", *small, "samples=9"), "at least 10 pictures")
     torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pth")
     assert_mistake(run("imagenet256", *small), "not Inception weights")

@@ -91,6 +91,7 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert table.count("\n| base |") == 2 and table.count("\n| guided |") == 1
     for plot in ("variants", "quality", "steps", "tokenizers"):
         assert (out / f"tiny-{plot}.svg").read_text().startswith("<?xml")
+    assert base["judge"]["evaluator"] == "pixels" and "pairs of one name" in base["judge"]["kernel"]
     others = report(replace(spec.load(path), seeds=(5,)), out)  # a sweep beside it in the folder
     assert "| guided |" not in others.read_text()
 
@@ -170,7 +171,7 @@ def test_ctrl_c_while_measuring_says_how_to_go_on(tiny_sweep, tmp_path, monkeypa
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweeping.Measurer, "check", lambda _: None)
+    monkeypatch.setattr(sweeping.Measurer, "protocol", {})
     monkeypatch.setattr(sweeping, "run_sweep", stopped)
     assert main(["sweep", str(tiny_sweep()), "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "stopped; the same command goes on\n"
@@ -211,6 +212,17 @@ def drawn(sweep, out, **changes):
         Records(out / "results.jsonl").append({"variant": name, "seed": 0, **figures, **changes})
     report(sweep, out)
     return {path.stem: path.read_bytes() for path in out.glob("*.svg")}
+
+
+def test_a_table_refuses_lines_of_different_judges(tiny_sweep, tmp_path):
+    sweep, out = spec.load(tiny_sweep()), tmp_path / "out"
+    for name, sha256 in (("eta", None), ("base", "a" * 64), ("guided", "b" * 64)):
+        judge = {"judge": {"evaluator_sha256": sha256}} if sha256 else {}
+        Records(out / "results.jsonl").append({"variant": name, "seed": 0, "kid": 0.1, **judge})
+    said = r"of guided, seed 0 was judged otherwise, .* \(aaaaaaaa, bbbbbbbb\): name another folder"
+    with pytest.raises(CheckpointError, match=said):
+        report(sweep, out)
+    report(replace(sweep, variants=sweep.variants[:1]), out)
 
 
 def test_a_plot_shows_what_variants_differ_in(tiny_sweep, tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 from mmrdpm.cli.common import INTERRUPTED, Commands, command, recipe_file
 from mmrdpm.sweep import spec
 from mmrdpm.sweep.measure import Measurer
+from mmrdpm.sweep.records import Records
+from mmrdpm.sweep.report import check_judge
 from mmrdpm.sweep.run import run_sweep
 
 
@@ -29,8 +31,9 @@ def sweep_command(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / path.stem
     say = partial(print, file=sys.stderr)
     measurer, table = Measurer(), None
-    if sweep.model_recipe:
-        measurer.check()
+    if sweep.model_recipe:  # before hours are spent
+        lines = out / "results.jsonl"
+        check_judge(measurer.protocol, Records(lines).all(), lines)
     with suppress(KeyboardInterrupt):  # what is finished is kept, as where a run was stopped
         table = run_sweep(sweep, out, measurer, say, options.only)
     if table is None:

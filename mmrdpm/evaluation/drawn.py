@@ -129,8 +129,12 @@ def kid_protocol(
     features: EfficientNetLite0, pictures: Pictures, reference: Pictures, paired: bool
 ) -> dict:
     """How `kid` judges; nothing of it is about what the pictures show."""
-    kernel = "(x.y/F + 1)^3, unbiased" + (" but for the pairs of one name" if paired else "")
-    return {**_protocol(features, pictures, reference), "kernel": kernel}
+    return {**_protocol(features, pictures, reference), "kernel": kernel(paired)}
+
+
+def kernel(paired: bool) -> str:
+    """What protocols say of the kernel distance's estimator."""
+    return "(x.y/F + 1)^3, unbiased" + (" but for the pairs of one name" if paired else "")
 
 
 def frechet(features: EfficientNetLite0, pictures: Pictures, reference: Pictures) -> Figure:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from mmrdpm.evaluation.suite import ImagenetSuite
 from mmrdpm.metrics.distance import frechet_interval
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
 from mmrdpm.metrics.proportion import Proportion
+from mmrdpm.sampling.image import Guided
 
 _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_WEIGHTS}"
@@ -36,7 +37,12 @@ _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _BATCH = 64  # pictures through Inception at once
 _SPLITS = 10  # of the Inception score
 _NEIGHBOURS = 3  # of precision and recall
-_LEAST = {"fid": 2, "inception_score": _SPLITS, "precision_recall": _NEIGHBOURS + 1}  # pictures
+_LEAST = {  # pictures
+    "fid": 2,
+    "inception_score": _SPLITS,
+    "precision_recall": _NEIGHBOURS + 1,
+    "guidance": _NEIGHBOURS + 1,
+}
 _SHOWN, _COLUMNS = 32, 8
 _KINDS = ("pooled", "logits")
 
@@ -64,12 +70,13 @@ class ImagenetEvaluation:
                 " size, or use another model"
             )
         self.prompts = read_lines(Path(suite.prompts))
-        needed = max(_LEAST[metric] for metric in suite.metrics)
-        if suite.samples < needed:
-            raise DataError(
-                f"{', '.join(suite.metrics)} need at least {needed} pictures, not"
-                f" {suite.samples} samples: raise samples"
-            )
+        for metric in suite.metrics:
+            key = "guidance_samples" if metric == "guidance" else "samples"
+            if (count := getattr(suite, key)) < _LEAST[metric]:
+                raise DataError(
+                    f"{metric} needs at least {_LEAST[metric]} pictures, not {count} samples:"
+                    f" raise {key}"
+                )
         self.reference = self._checked_reference()
         device = model.transformer.table.weight.device
         self.inception = Inception(_inception_file(suite.inception), device)
@@ -80,9 +87,13 @@ class ImagenetEvaluation:
             "fid": self.fid,
             "inception_score": self.inception_score,
             "precision_recall": self.precision_recall,
+            "guidance": self.guidance,
         }
         for metric in self.suite.metrics:
-            yield Part(metric, self._protocol(metric), makes[metric])
+            of = self._protocol(metric)
+            if metric == "guidance":
+                of["guidance_scales"] = self.suite.guidance_scales
+            yield Part(metric, of, makes[metric])
 
     def fid(self) -> list[Figure]:
         """Heusel et al. 2017 (arXiv 1706.08500); its interval is over the drawn samples."""
@@ -110,39 +121,45 @@ class ImagenetEvaluation:
 
     def precision_recall(self) -> list[Figure]:
         """Kynkäänniemi et al. 2019 (arXiv 1904.06991), 3 neighbours, on Inception features."""
-        from torch_fidelity import metric_prc
+        found = precision_recall(*self._pooled).items()
+        return [self._share("precision_recall", name, share) for name, share in found]
 
-        drawn, real = self._pooled
-        found = metric_prc.prc_features_to_metric(
-            drawn, real, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
-        )
-        both = (("precision", len(drawn)), ("recall", len(real)))
-        return [
-            self._figure(
-                "precision_recall",
-                name,
-                found[name],
-                Proportion(round(found[name] * n), n).interval,
-            )
-            for name, n in both
-        ]
+    def guidance(self) -> list[Figure]:
+        """Precision and recall against the guidance scale.
+
+        From fewer samples than the whole figures, and so with a coarser manifold of them.
+        """
+        real, figures = self._real[0], []
+        for scale in self.suite.guidance_scales:
+            files = self._draw(self.suite.guidance_samples, self.model.sampling.at(scale))
+            drawn, _ = self._features(f"guidance {scale:g}", files)
+            for name, share in precision_recall(drawn, real).items():
+                figure = self._share("guidance", f"{name} at guidance {scale:g}", share)
+                protocol = {**figure.protocol, "guidance_scale": scale}
+                figures.append(replace(figure, protocol=protocol))
+        return figures
 
     def shown(self) -> Iterator[Shown]:
         """Pictures for the report."""
+        if self.suite.metrics == ("guidance",):
+            return  # it draws others, of many scales
         made = [open_picture(path) for path in self._files[:_SHOWN]]
         rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
         yield Shown("Drawn", contact_sheet(rows))
 
     @cached_property
     def _files(self) -> list[Path]:
+        return self._draw(self.suite.samples, self.how)
+
+    def _draw(self, count: int, how: Guided) -> list[Path]:
         """Drawn pictures; the seeds of round r of the prompts follow from `seed + r`."""
         files: list[Path] = []
-        draw = partial(self.model.generate, guidance_scale=self.how.guidance_scale)
-        while missing := self.suite.samples - len(files):
+        draw = partial(self.model.generate, guidance_scale=how.guidance_scale)
+        while missing := count - len(files):
             seed = self.suite.seed + len(files) // len(self.prompts)
             prompts = self.prompts[:missing]
-            title = f"drawing {len(files) + len(prompts)} of {self.suite.samples}"
-            files += self.store.draw(title, prompts, seed, asdict(self.how), draw)
+            title = f"drawing {len(files) + len(prompts)} of {count}"
+            files += self.store.draw(title, prompts, seed, asdict(how), draw)
         return files
 
     @property
@@ -193,8 +210,9 @@ class ImagenetEvaluation:
     def _protocol(self, metric: str) -> dict:
         if metric == "inception_score":
             return {**self._drawing, "splits": _SPLITS}
-        neighbours = {"neighbours": _NEIGHBOURS} if metric == "precision_recall" else {}
-        return {**self._drawing, **self._compared, **neighbours}
+        neighbours = {} if metric == "fid" else {"neighbours": _NEIGHBOURS}
+        count = {"count": self.suite.guidance_samples} if metric == "guidance" else {}
+        return {**self._drawing, **self._compared, **neighbours, **count}
 
     @cached_property
     def _drawing(self) -> dict:
@@ -218,8 +236,25 @@ class ImagenetEvaluation:
     def _figure(
         self, metric: str, name: str, value: float, interval: tuple[float, float], note: str = ""
     ) -> Figure:
-        full, count = f"drawn/imagenet/{name}", self.suite.samples
-        return Figure(full, float(value), interval, "", count, self._protocol(metric), note)
+        protocol = self._protocol(metric)
+        full = f"drawn/imagenet/{name}"
+        return Figure(full, float(value), interval, "", protocol["count"], protocol, note)
+
+    def _share(self, metric: str, name: str, found: Proportion) -> Figure:
+        """Counted are the pictures that it is a share of: the real ones for recall."""
+        figure = self._figure(metric, name, found.share, found.interval)
+        return replace(figure, unit="share", count=found.count)
+
+
+def precision_recall(drawn: Tensor, real: Tensor) -> dict[str, Proportion]:
+    """Of features `[n, F]` and `[m, F]`: shares of the drawn and of the real pictures."""
+    from torch_fidelity import metric_prc
+
+    found = metric_prc.prc_features_to_metric(
+        drawn, real, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
+    )
+    of = {"precision": len(drawn), "recall": len(real)}
+    return {name: Proportion(round(found[name] * n), n) for name, n in of.items()}
 
 
 class Inception:

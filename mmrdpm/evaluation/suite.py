@@ -106,10 +106,12 @@ class ImagenetSuite:
         inception: weights that torch-fidelity publishes (`weights-inception-2015-12-05...pth`): the
             file, or the hub id of a repository that holds one of that name.
         samples: pictures to draw; the papers draw 50,000.
-        guidance_scale: of all drawing; null is the model's own.
+        guidance_scale: of all drawing but `guidance`'s; null is the model's own.
+        guidance_scales, guidance_samples: of `guidance`, precision and recall against the scale,
+            on so many pictures each.
     """
 
-    KNOWN: ClassVar[tuple[str, ...]] = ("fid", "inception_score", "precision_recall")
+    KNOWN: ClassVar[tuple[str, ...]] = ("fid", "inception_score", "precision_recall", "guidance")
 
     prompts: str
     reference: str
@@ -119,6 +121,10 @@ class ImagenetSuite:
     samples: int = field(default=50_000, metadata={"min": 2})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
     guidance_scale: float | None = field(default=None, metadata={"min": 0.0, "max": MOST_GUIDANCE})
+    guidance_scales: tuple[float, ...] = field(
+        default=(1.0, 1.5, 2.0, 4.0), metadata={"min": 0.0, "max": MOST_GUIDANCE}
+    )
+    guidance_samples: int = field(default=5000, metadata={"min": 2})
     kind: Literal["imagenet"] = "imagenet"
 
 
@@ -193,7 +199,8 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Suite:
     _known(suite.metrics, suite.KNOWN, f"{path}: metrics")
     if isinstance(suite, EmojiSuite | TokenizerSuite):
         _known(suite.groups, tuple(GROUPS), f"{path}: groups")
-    if isinstance(suite, EmojiSuite) and "guidance" in suite.metrics and not suite.guidance_scales:
+    scales = getattr(suite, "guidance_scales", ())
+    if "guidance" in suite.metrics and not scales:
         raise RecipeError(f"{path}: guidance_scales is empty: name at least one")
     return suite
 

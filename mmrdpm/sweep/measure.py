@@ -49,9 +49,14 @@ class Measurer:
             return {**drawing, **{key: alike[key] for key in _OF_WEIGHTS if key in alike}}
         return {**drawing, **captions(model, names, real), **losses(model, plan)}
 
-    def check(self) -> None:
-        """Raises DataError where a package is missing: before hours are spent."""
-        _ = self.judge
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What judges: the evaluator's hash, the gallery's, the kernel of the distance.
+
+        Raises:
+            DataError: a package is missing.
+        """
+        return {**self.judge.protocol, "kernel": drawn.kernel(paired=True)}
 
     @cached_property
     def judge(self) -> Judge:
@@ -65,6 +70,7 @@ class Measurer:
 
         `kid`: kernel distance of their features from those of the real pictures at their size.
         `intervals`: of the three, 95% over the pictures; seeds of training are not in them.
+        `judge`: see `protocol`.
         """
         seeds = dict(zip(names, picture_seeds(seed, len(names)), strict=True))
         pictures = [
@@ -73,10 +79,13 @@ class Measurer:
             for picture in model.generate(part, [seeds[name] for name in part])
         ]
         top_1, top_10 = drawn.named_in_top(self.judge, pictures, names)
-        distance = drawn.kid(self.judge.features, pictures, real)
+        distance = drawn.kid(self.judge.features, pictures, real, paired=True)
         figures = {"top1": top_1, "top10": top_10, "kid": distance}
-        values = {name: figure.value for name, figure in figures.items()}
-        return {**values, "intervals": {n: list(f.interval) for n, f in figures.items()}}
+        return {
+            **{name: figure.value for name, figure in figures.items()},
+            "intervals": {name: list(figure.interval) for name, figure in figures.items()},
+            "judge": self.protocol,
+        }
 
 
 def captions(model: Model, names: list[str], real: list[Image.Image]) -> dict[str, float]:

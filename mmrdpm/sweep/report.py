@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrdpm.errors import CheckpointError
+from mmrdpm.evaluation.compare import differences
 from mmrdpm.sweep import plots, scaling
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.spec import Chart, Sweep
@@ -35,10 +37,13 @@ def report(sweep: Sweep, out: Path) -> Path:
 
     Raises:
         DataError: the package that draws is not installed.
+        CheckpointError: two lines were judged by different evaluators or galleries.
     """
     names = sweep.names
     lines = Records(out / "results.jsonl").all()  # of other sweeps and their seeds too
     rows = [r for r in lines if r["variant"] in names and r["seed"] in sweep.seeds]
+    first: Row = next((row["judge"] for row in rows if "judge" in row), {})
+    check_judge(first, rows, out / "results.jsonl")
     tokenizers = [r for r in Records(out / "tokenizers.jsonl").all() if r["name"] in names]
     parts = [results_table(names, rows), tokenizers_table(tokenizers)]
     if rows:
@@ -48,6 +53,21 @@ def report(sweep: Sweep, out: Path) -> Path:
     table = out / f"{sweep.name}.md"
     table.write_text("\n".join(filter(None, parts)), encoding="utf-8")
     return table
+
+
+def check_judge(judge: Row, rows: Sequence[Row], path: Path) -> None:
+    """Refuses lines that were judged otherwise; older ones do not say how they were.
+
+    Raises:
+        CheckpointError: there is such a line.
+    """
+    for row in rows:
+        if keys := differences(judge, row.get("judge", judge)):
+            raise CheckpointError(
+                f"{path}: the line of {row['variant']}, seed {row['seed']} was judged otherwise,"
+                f" not comparable: {'; '.join(keys)}: name another folder with --out, or remove it"
+                " to measure it anew"
+            )
 
 
 def _quality(sweep: Sweep, rows: Sequence[Row], stem: Path) -> str:
