@@ -3,7 +3,7 @@
     python scripts/peers_at_a_glance.py runs/glance [key=value ...]
 
 Rows differ in the codes that they draw, so each is a `mmrdpm bench peers` in a folder of its own,
-some 15 to 20 minutes of two quiet CPU cores a run. Stopped, the same command goes on. Overrides
+some 15 to 30 minutes of two quiet CPU cores a run. Stopped, the same command goes on. Overrides
 hold for all, as `budget.flops=1e10 judging.concepts=20` for a trial, which needs another folder:
 what has been judged in one is kept.
 """

@@ -256,6 +256,14 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     one = ("--suite", "tokenizer", "names=1", "groups=[held-out concepts]", "--out", "c")
     assert_mistake(run("eval", tiny_run, *one), "kernel_distance, ", "need at least 2 pictures")
     assert_mistake(run("eval", tiny_run, *one, "metrics=[psnr]"), "psnr need at least 2 pictures")
+    Path("mine").mkdir()
+    for number, colour in enumerate(("red", "white", "olive")):
+        Image.new("RGB", (30, 20 + number), colour).save(f"mine/{number}.png")
+    mine = ("--suite", "tokenizer", "metrics=[psnr, codebook_use]", "images=mine", "--out", "d")
+    assert run("eval", tiny_run, *mine)[0] == 0
+    figures = results.load(tmp_path / "d").figures
+    assert {f.name.split("/")[1] for f in figures} == {"pictures"} and figures[0].count == 3
+    assert_mistake(run("eval", tiny_run, *mine, "images=nowhere"), "nowhere")
     protocols = [figure.protocol for figure in results.load(tmp_path / "a").figures]
     keys = {"evaluator", "data_sha256", "count", "seed", "resolution"}
     assert all(keys <= set(p) for p in protocols)

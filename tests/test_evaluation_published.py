@@ -270,6 +270,20 @@ def test_clip_score_of_prompts(run, clip, tmp_path):
     (figure,) = results.load(tmp_path / "out").figures
     assert 0 <= figure.value <= 2.5 and figure.count == 2 and figure.protocol["seeds"] == 2
     assert len(figure.protocol["evaluator_sha256"]) == 64
+    assert (tmp_path / "out/report.html").read_text().count("data:image/png;base64,") == 2
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/food.txt").write_text("pizza\npizza\n")
+    shutil.copy("p.txt", "lists/all.txt")
+    status, _, err = run("t2i", "prompts=lists", f"clip={clip}", "seeds=2")
+    assert status == 0, err
+    both = results.load(tmp_path / "out").figures
+    assert [f.name for f in both] == ["drawn/all/CLIPScore", "drawn/food/CLIPScore"]
+    assert both[0].value == figure.value and both[0].protocol == figure.protocol
+    (tmp_path / "lists/food.txt").write_text("pizza\n")
+    assert_mistake(run("t2i", "prompts=lists", f"clip={clip}"), "food.txt: clip_score needs at lea")
+    shutil.rmtree(tmp_path / "lists")
+    (tmp_path / "lists").mkdir()
+    assert_mistake(run("t2i", "prompts=lists", f"clip={clip}"), "lists: holds no list of prompts")
     (clip / "model.safetensors").unlink()
     assert_mistake(run("t2i", "prompts=p.txt", f"clip={clip}"), "no CLIP model", "put config.json")
 

@@ -73,14 +73,20 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     pixel_features, tiny_sweep, tiny_recipe, tmp_path, capsys
 ):
     path, out = tiny_sweep(), tmp_path / "out"
-    assert main(["sweep", str(path), "--out", str(out), "--only", "base"]) == 0
+    command = ["sweep", str(path), "--out", str(out)]
+    assert main([*command, "--only", "base", "seeds=[7]"]) == 0
+    (seventh,) = Records(out / "results.jsonl").all()
+    assert seventh["seed"] == 7
+    (out / "results.jsonl").unlink()
+    assert main([*command, "--only", "base"]) == 0
     assert len(Records(out / "results.jsonl").all()) == 1
     assert main(["sweep", str(path), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed.endswith((out / "tiny.md").read_text() + f"\n{out / 'tiny.md'}\n")
     rows = Records(out / "results.jsonl").all()
     assert [row["variant"] for row in rows] == ["base", "guided", "eta"]
-    assert sorted(p.name for p in (out / "runs").iterdir()) == ["base-seed0", "eta-seed0"]
+    runs = sorted(p.name for p in (out / "runs").iterdir())
+    assert runs == ["base-seed0", "base-seed7", "eta-seed0"]
     assert sorted(p.name for p in (out / "tokenizers").iterdir()) == ["base", "eta"]
     base, guided, _ = rows
     assert base["loss_steps"] == guided["loss_steps"]  # the same weights

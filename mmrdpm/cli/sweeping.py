@@ -20,6 +20,7 @@ def add(commands: Commands) -> None:
     """Registers `sweep`."""
     p = command(commands, sweep_command, "sweep")
     p.add_argument("file", metavar="FILE", help="file, or name of a shipped sweep")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="as in seeds=[1,2]")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/FILE's name")
     p.add_argument("--only", metavar="NAME", help="do one variant alone")
 
@@ -27,7 +28,7 @@ def add(commands: Commands) -> None:
 def sweep_command(options: argparse.Namespace) -> int:
     """Trains and measures a list of variants; the same command goes on where it stopped."""
     path = recipe_file(options.file, ("sweep",))
-    sweep = spec.load(path)
+    sweep = spec.load(path, options.overrides)
     out = options.out or Path("runs") / path.stem
     say = partial(print, file=sys.stderr)
     measurer, table = Measurer(), None

@@ -18,7 +18,7 @@ from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation import captioned, drawn, likelihood, tokenizer
 from mmrdpm.evaluation.figure import Figure, Protocol, digest, digest_of_pictures
-from mmrdpm.evaluation.part import Part, Shown
+from mmrdpm.evaluation.part import Part, Shown, strips
 from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
 from mmrdpm.evaluation.suite import GROUPS, EmojiSuite
 from mmrdpm.metrics.features import EfficientNetLite0, ranks
@@ -274,8 +274,7 @@ class EmojiEvaluation:
             yield Shown(title, contact_sheet(rows, 2))
         names = self.groups[0].names[:_STRIPS]
         seeds = picture_seeds(self.suite.seed, len(names))
-        strips = [self.model.trace(*pair) for pair in zip(names, seeds, strict=True)]
-        yield Shown(f"From noise, step by step: {', '.join(names)}", contact_sheet(strips, 2))
+        yield strips(self.model, names, seeds)
 
     @cached_property
     def features(self) -> EfficientNetLite0:

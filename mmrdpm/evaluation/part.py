@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from mmrdpm.api import Model
+from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.evaluation.figure import Figure
 from mmrdpm.metrics.features import MissingEvaluator
 
@@ -23,6 +25,12 @@ class Shown:
     title: str
     picture: Image.Image | None = None
     rows: Sequence[Sequence[str]] = ()
+
+
+def strips(model: Model, prompts: Sequence[str], seeds: Sequence[int], **how: float) -> Shown:
+    """The way of each picture from noise, a row each."""
+    rows = [model.trace(*pair, **how) for pair in zip(prompts, seeds, strict=True)]
+    return Shown(f"From noise, step by step: {', '.join(prompts)}", contact_sheet(rows, 2))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The suite `prompts`: free prompts, judged by CLIPScore."""
+"""The suite `prompts`: lists of free prompts, judged by CLIPScore."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.evaluation.figure import Figure, digest, digest_of_files
-from mmrdpm.evaluation.part import Part, Shown
-from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
+from mmrdpm.evaluation.part import Part, Shown, strips
+from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
 from mmrdpm.evaluation.suite import PromptsSuite
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
 
@@ -33,61 +33,82 @@ _TOKENIZER = (
 )
 _FILES = "config.json, model.safetensors, preprocessor_config.json and the tokeniser's files"
 _BATCH = 32
-_COLUMNS, _SHOWN = 8, 32
+_COLUMNS, _SHOWN, _STRIPS = 8, 32, 3
 
 
 class PromptsEvaluation:
     """One suite over one model.
 
     Raises:
-        DataError: the prompts or CLIP are not where the suite says, or the prompts are fewer than
-            two; before anything is drawn.
+        DataError: the prompts or CLIP are not where the suite says, or a list has fewer than two
+            prompts; before anything is drawn.
     """
 
     def __init__(self, model: Model, suite: PromptsSuite, store: Store) -> None:
         self.model, self.suite, self.store = model, suite, store
         self.how = model.sampling.at(suite.guidance_scale)
-        self.prompts = read_lines(Path(suite.prompts))
-        if len(self.prompts) < 2:
-            raise DataError(f"{suite.prompts}: clip_score needs at least 2 prompts: add to them")
+        self.lists = read_lists(Path(suite.prompts))
         self.clip = Clip(suite.clip)
 
     def parts(self) -> Iterator[Part]:
         """Everything to compute."""
-        yield Part("clip_score", self._protocol, self.clip_score)
+        for name, prompts in self.lists.items():
+            make = partial(self.clip_score, name)
+            yield Part(f"clip_score, {name}", self._protocol(prompts), make)
 
-    def clip_score(self) -> list[Figure]:
-        """The mean over prompts, each the mean of its seeds."""
-        scores = torch.tensor([self.clip.scores(made, self.prompts) for made in self._drawn])
-        means = scores.double().mean(0).tolist()
-        return [Figure.mean("drawn/prompts/CLIPScore", means, "", self._protocol, (0.0, 2.5))]
+    def clip_score(self, name: str) -> list[Figure]:
+        """The mean over the prompts of a list, each the mean of its seeds."""
+        prompts = self.lists[name]
+        scores = torch.tensor([self.clip.scores(made, prompts) for made in self._drawn(name)])
+        means, protocol = scores.double().mean(0).tolist(), self._protocol(prompts)
+        return [Figure.mean(f"drawn/{name}/CLIPScore", means, "", protocol, (0.0, 2.5))]
 
     def shown(self) -> Iterator[Shown]:
         """Pictures for the report."""
-        made = self._drawn[0][:_SHOWN]
-        rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
-        yield Shown(f"Drawn: {', '.join(self.prompts[:_SHOWN])}", contact_sheet(rows, 2))
+        for name, prompts in self.lists.items():
+            made = self._drawn(name)[0][:_SHOWN]
+            rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
+            title = f"Drawn, {name}: {', '.join(prompts[:_SHOWN])}"
+            yield Shown(title, contact_sheet(rows, 2))
+        few = next(iter(self.lists.values()))[:_STRIPS]
+        seeds = picture_seeds(self.suite.seed, len(few))
+        yield strips(self.model, few, seeds, guidance_scale=self.how.guidance_scale)
 
-    @cached_property
-    def _drawn(self) -> list[list[Image.Image]]:
-        """By seed the pictures of all prompts."""
+    def _drawn(self, name: str) -> list[list[Image.Image]]:
+        """By seed the pictures of a list's prompts; what is kept is not drawn again."""
         draw = partial(self.model.generate, guidance_scale=self.how.guidance_scale)
-        title, how = f"drawing {len(self.prompts)} prompts", asdict(self.how)
+        prompts, how = self.lists[name], asdict(self.how)
+        title = f"drawing {len(prompts)} {name}"
         seeds = range(self.suite.seed, self.suite.seed + self.suite.seeds)
-        return [self.store.pictures(title, self.prompts, seed, how, draw) for seed in seeds]
+        return [self.store.pictures(title, prompts, seed, how, draw) for seed in seeds]
 
-    @property
-    def _protocol(self) -> dict:
+    def _protocol(self, prompts: Sequence[str]) -> dict:
         return {
             **self.clip.protocol,
             **asdict(self.how),
             "seed": self.suite.seed,
             "seeds": self.suite.seeds,
             "noise": OWN_NOISE,
-            "count": len(self.prompts),
-            "prompts_sha256": digest(self.prompts),
+            "count": len(prompts),
+            "prompts_sha256": digest(prompts),
             "resolution": self.model.images.image_size,
         }
+
+
+def read_lists(place: Path) -> dict[str, list[str]]:
+    """The prompts of a text file, or of each `.txt` in a folder, by the file's name.
+
+    Raises:
+        DataError: there are none, or a list is shorter than two.
+    """
+    files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+    if not files:
+        raise DataError(f"{place}: holds no list of prompts: put NAME.txt there, a prompt a line")
+    lists = {path.stem: read_lines(path) for path in files}
+    for path, prompts in zip(files, lists.values(), strict=True):
+        if len(prompts) < 2:
+            raise DataError(f"{path}: clip_score needs at least 2 prompts: add to them")
+    return lists
 
 
 class Clip:

@@ -23,8 +23,8 @@ from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet, open_picture, stored_size
 from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.evaluation.figure import Figure, digest
-from mmrdpm.evaluation.part import Part, Shown
-from mmrdpm.evaluation.store import OWN_NOISE, Store, read_lines
+from mmrdpm.evaluation.part import Part, Shown, strips
+from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
 from mmrdpm.evaluation.suite import ImagenetSuite
 from mmrdpm.metrics.distance import frechet_interval
 from mmrdpm.metrics.features import MissingEvaluator, sha256_of
@@ -43,7 +43,7 @@ _LEAST = {  # pictures
     "precision_recall": _NEIGHBOURS + 1,
     "guidance": _NEIGHBOURS + 1,
 }
-_SHOWN, _COLUMNS = 32, 8
+_SHOWN, _COLUMNS, _STRIPS = 32, 8, 3
 _KINDS = ("pooled", "logits")
 
 Features = tuple[Tensor, Tensor]
@@ -146,6 +146,13 @@ class ImagenetEvaluation:
         made = [open_picture(path) for path in self._files[:_SHOWN]]
         rows = [made[i : i + _COLUMNS] for i in range(0, len(made), _COLUMNS)]
         yield Shown("Drawn", contact_sheet(rows))
+        few = self.prompts[:_STRIPS]
+        yield strips(
+            self.model,
+            few,
+            picture_seeds(self.suite.seed, len(few)),
+            guidance_scale=self.how.guidance_scale,
+        )
 
     @cached_property
     def _files(self) -> list[Path]:

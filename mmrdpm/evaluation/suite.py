@@ -78,6 +78,7 @@ class TokenizerSuite:
 
     Attributes:
         names: at most this many emoji of each group; picture i takes its noise from `seed + i`.
+        images: a folder of pictures in place of the emoji and their groups; at most `names` of it.
     """
 
     KNOWN: ClassVar[tuple[str, ...]] = (
@@ -93,6 +94,7 @@ class TokenizerSuite:
     groups: tuple[str, ...] = tuple(GROUPS)
     names: int = field(default=1000, metadata={"min": 1})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})
+    images: str = ""
     kind: Literal["tokenizer"] = "tokenizer"
 
 
@@ -133,7 +135,8 @@ class PromptsSuite:
     """Does a model draw what free prompts say? CLIPScore over a list of prompts.
 
     Attributes:
-        prompts: a text file, a prompt a line.
+        prompts: a text file, a prompt a line; or a folder of such lists, `NAME.txt`, which get a
+            figure each.
         clip: a folder or hub id of a CLIP model in the format of `transformers`.
         seeds: pictures per prompt, from `seed` on.
         guidance_scale: of all drawing; null is the model's own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mmrdpm.data.emoji import EmojiData, load_emoji
 from mmrdpm.data.glosses import load_glosses
+from mmrdpm.data.images import load_squares
 from mmrdpm.data.pictures import contact_sheet, to_pictures, to_tensor
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation import drawn
@@ -32,6 +34,7 @@ _CHUNK = 256  # pictures at once
 _SHOWN = 12  # pictures in the report
 _PLENTY = 4  # codes seen for each of a codebook: equal use of them all would show 88%
 WAYS = ("autoencoder", "codes")
+_OWN = "pictures"  # the group of a user's own
 
 
 @dataclass(frozen=True)
@@ -135,19 +138,23 @@ class TokenizerEvaluation:
     """One suite over one image tokeniser.
 
     Raises:
-        DataError: a group is smaller than a metric needs.
+        DataError: a group is smaller than a metric needs, or the suite's pictures cannot be read.
     """
 
     def __init__(self, tokenizer: ImageTokenizer, suite: TokenizerSuite, store: Store) -> None:
         self.tokenizer, self.suite, self.store = tokenizer, suite, store
-        data = load_emoji(tokenizer.image_size)
-        self.chosen = {name: data.images[_choose(data, name, suite)] for name in suite.groups}
+        size = tokenizer.image_size
+        if suite.images:
+            self.chosen = {_OWN: load_squares(Path(suite.images), size, suite.names)}
+        else:
+            data = load_emoji(size)
+            self.chosen = {name: data.images[_choose(data, name, suite)] for name in suite.groups}
         self.measured: dict[str, ImageFigures] = {}
         for name, squares in self.chosen.items():
             if len(squares) < 2:
                 raise DataError(
                     f"{', '.join(suite.metrics)} need at least 2 pictures, but {name!r} has"
-                    f" {len(squares)}: raise names"
+                    f" {len(squares)}: raise names, or give more pictures"
                 )
 
     def parts(self) -> Iterator[Part]:
@@ -234,7 +241,7 @@ class TokenizerEvaluation:
 
     def _protocol(self, group: str, squares: np.ndarray) -> dict:
         return {
-            "data": f"Twemoji, {group}",
+            "data": group if self.suite.images else f"Twemoji, {group}",
             "data_sha256": digest_of_pictures([Image.fromarray(s) for s in squares], ()),
             "count": len(squares),
             "resolution": f"{squares.shape[2]}x{squares.shape[1]}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -96,13 +97,16 @@ class Sweep:
         return next((v.name for v in self.variants if v == Variant(v.name)), None)
 
 
-def load(path: Path) -> Sweep:
+def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Reads a sweep and resolves every variant, so that a mistake shows before hours are spent.
+
+    Args:
+        overrides: `key=value` of the sweep itself, as `seeds=[3, 4]`.
 
     Raises:
         RecipeError: the file, a base recipe or an override is wrong; it names the variant.
     """
-    sweep = recipe.load(Sweep, path)
+    sweep = recipe.load(Sweep, path, overrides)
     if sweep.name and not _FILE_NAME.fullmatch(sweep.name):
         raise RecipeError(
             f"{path}: name {sweep.name!r}: files are called so: A-Z, a-z, 0-9, '_', '-' and, not as"
