@@ -69,7 +69,7 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
     Nothing is written yet: what is wrong with the recipe's parts should not leave half a run.
 
     Args:
-        free: dotted keys that may differ when a run goes on: what is computed hangs on none.
+        free: dotted keys that may differ when a run goes on.
 
     Raises:
         CheckpointError: `resume` is off and there is a run, or a log, that did something; it is on

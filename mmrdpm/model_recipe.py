@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal
 
-from mmrdpm import checkpoint
+from mmrdpm import checkpoint, recipe
 from mmrdpm.attention.backend import Name
 from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.engine.guard import GuardConfig
 from mmrdpm.engine.parallel import Wanted
-from mmrdpm.errors import RecipeError
+from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.machine import Precision
-from mmrdpm.optim import OptimizerConfig, Schedule
+from mmrdpm.optim import OptimizerConfig, Schedule, before_fall
 from mmrdpm.samples import Samples
 from mmrdpm.sampling.image import Guided
 from mmrdpm.transformer import TransformerConfig
@@ -45,6 +46,7 @@ class Training:
         text_weight: weight of a text target; an image target weighs 1.
         z_loss: weight of the squared log of the softmax's denominator; 0 is off.
         soft_labels: temperature of the codes' labels, see `objective.loss`; 0 is off.
+        codes_apart: whether codes are scored among the codes alone, and text among all else.
         ema: decay of the moving average of the weights, which is then what a checkpoint's weights
             file holds; 0 is off.
         guard: against updates that would spoil the run.
@@ -70,6 +72,7 @@ class Training:
     text_weight: float = field(default=1.0, metadata={"min": 0.0})
     z_loss: float = field(default=0.0, metadata={"min": 0.0})
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
+    codes_apart: bool = False
     ema: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
     guard: GuardConfig = field(default_factory=GuardConfig)
     precision: Precision = "auto"
@@ -118,3 +121,37 @@ class ModelRecipe:
                 "train.soft_labels compares codes by their vectors, which the model knows by"
                 " model.code_geometry alone: set that to true, or soft_labels to 0"
             )
+        if self.train.codes_apart and not self.model.code_geometry:
+            raise RecipeError(
+                "train.codes_apart asks which ids are codes, which the model knows by"
+                " model.code_geometry alone: set that to true, or codes_apart to false"
+            )
+
+
+def may_change(run: Path, resolved: ModelRecipe) -> frozenset[str]:
+    """The keys that may differ when the run in a folder goes on by a recipe.
+
+    These are `MAY_CHANGE`; of wsd also the length, as long as no update has been made whose
+    learning rate hangs on the old one or on the new one.
+
+    Raises:
+        CheckpointError: the length differs, and such an update has been made.
+        RecipeError: the recipe in the folder cannot be read.
+    """
+    path, latest = run / checkpoint.RECIPE_FILE, checkpoint.newest(run)
+    if not path.exists():
+        return MAY_CHANGE
+    begun = recipe.from_dict(ModelRecipe, recipe.read(path), str(path)).train
+    plans = (begun, resolved.train)
+    lengths = {(plan.steps, plan.decay) for plan in plans}
+    if len(lengths) == 1 or any(plan.schedule != "wsd" for plan in plans):
+        return MAY_CHANGE
+    last = min(before_fall(*length) for length in lengths)
+    if latest and checkpoint.step_of(latest) > last:
+        raise CheckpointError(
+            f"{run}: train.steps and train.decay may change up to update {last} only, as the"
+            f" learning rate falls from there on, and {latest.name} is later: resume it with"
+            f" train.steps={begun.steps} and train.decay={begun.decay}, or take the checkpoints"
+            " after that update away to go on from an earlier one"
+        )
+    return MAY_CHANGE | {"train.steps", "train.decay"}

@@ -253,15 +253,24 @@ def learning_rate(
 
     cosine falls as a half cosine; wsd (warmup, stable, decay) stays at the peak and falls in the
     last `decay` share of the steps only, as `1 - sqrt(progress)` (Hägele et al. 2024, arXiv
-    2405.18392), so that a run can be prolonged from before the fall.
+    2405.18392), so that a run can be prolonged from before the fall, see `before_fall`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "cosine":
         progress = (step - warmup) / max(1, steps - warmup)
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    fall = max(1, round(steps * decay))
+    fall = _fall(steps, decay)
     return peak * (1 - math.sqrt(max(0.0, 1 - (steps - step) / fall)))
+
+
+def before_fall(steps: int, decay: float) -> int:
+    """The updates of wsd whose learning rate does not hang on `steps` and `decay`: its first."""
+    return steps - _fall(steps, decay) + 1
+
+
+def _fall(steps: int, decay: float) -> int:
+    return max(1, round(steps * decay))
 
 
 class Average:

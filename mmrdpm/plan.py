@@ -10,6 +10,7 @@ plans beside runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,7 @@ _THROUGH = 4.6  # times the bytes that operations move on a CPU, slower than one
 _CALL, _TOKEN = 42e-6, 0.8e-6  # seconds of the host for an operation, and for a token of a row
 _CONTEXT = 3.0e9  # bytes that CUDA, its libraries and gaps between tensors took: 2.8 and 3.2
 _HOLES = 1.2  # what glibc's heap takes over what lives, as `machine.prepare` sets it: measured
+_LINK = 50e9  # bytes per second between GPUs, 400 Gbit/s: what a card of a network promises
 _PROGRAM = 0.55e9  # bytes that an emoji run on the CPU held before its first update, measured
 
 
@@ -52,6 +54,7 @@ class Plan:
         peak: bytes held at once: gradients come while activations go.
         room: bytes that there are for `together` of them, None where that is unknown.
         flops, moved: floating point operations of matrix products, and bytes moved, per update.
+        exchanged: bytes that it gets from other GPUs in an update, see `_exchanged`.
         seconds: per update; the exchange between GPUs is left out, and reading the data.
     """
 
@@ -66,6 +69,7 @@ class Plan:
     room: float | None
     flops: float
     moved: float
+    exchanged: float
     seconds: float
 
     @property
@@ -98,8 +102,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     images, vocabulary = _tokenizers(loaded)
     with torch.device("meta"):
         model = build(loaded.model, vocabulary, images)
-    parameters = sum(p.numel() for p in model.parameters())
-    room = _room(kind)
+    parameters, room = sum(p.numel() for p in model.parameters()), _room(kind)
     sharded = _is_sharded(loaded, gpus, parameters, room, kind)
     share = min(gpus, _PER_NODE) if loaded.train.parallel == "hybrid" else gpus
     micro = min(loaded.train.micro_batch_size or rows // gpus, rows // gpus)
@@ -140,6 +143,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
         room=room,
         flops=flops,
         moved=passed + beside,
+        exchanged=_exchanged(loaded, model, _dtype(loaded, kind), gpus, parts, passes),
         seconds=_seconds(loaded, kind, flops, (passed, beside), calls, rows // gpus),
     )
 
@@ -174,6 +178,11 @@ def lines(plan: Plan) -> Iterator[str]:
         all_of_them = f"all {plan.together} on a machine"
         yield f"  {all_of_them:<19}{plan.together * plan.peak / 1e9:8.2f}{room}"
     yield f"seconds per update   {plan.seconds:.3g} (exchange between GPUs left out)"
+    if plan.gpus > 1 and plan.kind != "cpu":
+        yield (
+            f"exchange, GB         {plan.exchanged / 1e9:.3g} for each GPU and update,"
+            f" {plan.exchanged / _LINK:.3g} s at {_LINK / 1e9:.0f} GB/s if nothing overlaps"
+        )
     yield f"hours                {plan.hours:.3g} for {train.steps:,} updates"
     if _emulates(plan):
         yield (
@@ -244,6 +253,36 @@ def _outside(model: nn.Module) -> int:
     """Parameters outside of the layers."""
     inside = ("attentions.", "feed_forwards.")
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+
+
+def _exchanged(
+    loaded: ModelRecipe,
+    model: nn.Module,
+    dtype: torch.dtype,
+    gpus: int,
+    parts: int,
+    passes: float,
+) -> float:
+    """Bytes that a GPU gets from the others in an update, by rings: as many as it gives.
+
+    Copies add up their gradients once. A sharded model does it in every pass, after gathering the
+    layers before and again after the loss, and what lies outside of them once, in float32. Muon
+    gathers a sharded momentum whole, and gives each matrix's update to all.
+
+    Args:
+        parts: that the model is cut into; GPUs beyond them hold copies of a part.
+        passes: parts of a batch that a GPU computes one after the other.
+    """
+    total, outside = sum(p.numel() for p in model.parameters()), _outside(model)
+    by_muon = sum(p.numel() for p in _matrices(loaded, model))
+    narrow, copies = dtype.itemsize, gpus // parts
+    shard, all_but_own = (parts - 1) / parts, (gpus - 1) / gpus
+    gathered = shard * (2 * narrow * (total - outside) + 4 * outside)
+    scattered = shard * 4 * total
+    added = 2 * (copies - 1) / copies * 4 * total / parts
+    muon = shard * 4 * by_muon + all_but_own * narrow * by_muon
+    rounds = math.ceil(passes) if parts > 1 else 1  # see `Parallel.backward`
+    return rounds * (gathered + scattered + added) + muon
 
 
 def _moments(loaded: ModelRecipe, model: nn.Module) -> float:

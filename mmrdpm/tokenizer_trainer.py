@@ -156,8 +156,9 @@ class TokenizerTrainer:
             self.step += 1
             if not all(map(math.isfinite, losses.values())):
                 raise TrainingError(
-                    f"step {self.step}: the loss of the {phase} is no number ({losses}): begin anew"
-                    " with a lower train.lr or train.loss.adversarial"
+                    f"step {self.step}: the loss of the {phase} is no number ({losses}): go on from"
+                    " the last checkpoint with --resume and a lower train.lr, or begin anew with a"
+                    " lower train.loss.adversarial"
                 )
             if self.step == plan.steps and phase == "decoder":
                 self._take_average()

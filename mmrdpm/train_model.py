@@ -25,7 +25,7 @@ from mmrdpm.engine.meter import Meter
 from mmrdpm.engine.parallel import Objective, Parallel
 from mmrdpm.engine.shards import ShardWriter
 from mmrdpm.errors import CheckpointError, DataError, RecipeError, TrainingError
-from mmrdpm.model_recipe import MAY_CHANGE, ModelRecipe
+from mmrdpm.model_recipe import ModelRecipe, may_change
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import summed_weights
 from mmrdpm.optim import Average, Optimizers, learning_rate
@@ -52,7 +52,10 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
         resume = resume or (again and (run / checkpoint.RECIPE_FILE).exists())
         distributed.first(
             lambda: checkpoint.begin(
-                run, pretrained.complete(recipe, run if resume else None), resume, MAY_CHANGE
+                run,
+                pretrained.complete(recipe, run if resume else None),
+                resume,
+                may_change(run, recipe) if resume else (),
             )
         )
         with checkpoint.claimed(run) as alone:
@@ -137,7 +140,8 @@ class Trainer:
         self.transformer.recompute = plan.recompute
         self.parameters = sum(p.numel() for p in self.transformer.parameters())
         torch.manual_seed(plan.seed)
-        objective = Objective(self.transformer, plan.text_weight, plan.z_loss, plan.soft_labels)
+        how = (plan.text_weight, plan.z_loss, plan.soft_labels, plan.codes_apart)
+        objective = Objective(self.transformer, *how)
         mode = parallel.resolve(plan.parallel, self.parameters, self.device)
         self.parallel = Parallel(objective, mode, self.device, self.dtype)
         guesses = self.images.estimates(recipe.model.sees_start_noise)

@@ -26,7 +26,8 @@ from mmrdpm.tokenizer_plan import ImageTokenizerTraining
 from mmrdpm.tokenizer_trainer import TokenizerTrainer
 
 MAY_CHANGE = checkpoint.MAY_CHANGE | {  # when a run goes on
-    *("data.max_broken_share", "data.workers", "train.timeout", "train.wandb")
+    *("data.max_broken_share", "data.workers", "train.timeout", "train.wandb"),
+    "train.lr",  # the way on from a loss that is no number
 }
 
 

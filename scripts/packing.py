@@ -1,16 +1,27 @@
-"""Prints the packing table of docs/data.md: useful tokens by row length and look-ahead."""
+"""Prints the packing table of docs/data.md: useful tokens by row length and look-ahead.
+
+With a model's recipe (`python scripts/packing.py recipes/emoji_cpu.yaml data.look_ahead=16`) it
+prints those of the first batches that a run of that recipe would train on.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
 
+from mmrdpm import recipe, shipped, text_tokenizer
 from mmrdpm.data.documents import Draft
+from mmrdpm.data.loader import Loader
 from mmrdpm.data.mixture import Item
 from mmrdpm.data.packing import Lane
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.vocabulary import Vocabulary
 
+BATCHES = 50  # of a recipe
 ROWS, SEED, STEPS = 400, 0, 4
 MIXES = {  # positions of an image; mean and deviation of the logarithm of a text's length; row
     "16x16, web texts": (256, 5.5, 1.0, (8192, 4096, 2048)),
@@ -38,7 +49,25 @@ def useful(cells: int, mean: float, deviation: float, row: int, look_ahead: int)
     return sum(draft.length(()) for _ in range(ROWS) for draft in lane.row()[0]) / ROWS / row
 
 
-for mix, (cells, mean, deviation, rows) in MIXES.items():
-    for row in rows:
-        shares = [useful(cells, mean, deviation, row, ahead) for ahead in (1, 4, 16, 64)]
-        print(f"{mix:18} {row:5}", *(f"{share:6.1%}" for share in shares))
+def of_recipe(path: str, overrides: list[str]) -> float:
+    """The share in the first batches of a run."""
+    loaded = recipe.load(ModelRecipe, path, overrides)
+    images = image_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.image))
+    texts = text_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.text))
+    vocabulary = Vocabulary(texts.size, images.codebook_size)
+    loader = Loader(loaded.data, loaded.train.seed, images, texts, vocabulary)
+    batches = (loader.batch().layout.document_ids for _ in range(BATCHES))
+    return float(np.mean([(ids >= 0).double().mean() for ids in batches]))
+
+
+def table() -> None:
+    for mix, (cells, mean, deviation, rows) in MIXES.items():
+        for row in rows:
+            shares = [useful(cells, mean, deviation, row, ahead) for ahead in (1, 4, 16, 64)]
+            print(f"{mix:18} {row:5}", *(f"{share:6.1%}" for share in shares))
+
+
+if len(sys.argv) > 1:
+    print(f"{of_recipe(sys.argv[1], sys.argv[2:]):.1%}")
+else:
+    table()

@@ -89,6 +89,21 @@ def test_the_total_is_the_weighted_mean_and_steps_are_reported_apart():
     assert found.mean(3) is None
 
 
+def test_the_z_loss_by_hand():
+    """The weighted mean of the squared log of `sum_k exp(logit_k)`, PaLM section 5."""
+    model, rows = make_model(), packed([documents()])
+    plain, raised = (loss(model, rows, 0.25, z_weight=z) for z in (0.0, 0.1))
+    learned = rows.targets >= 0
+    with torch.no_grad():
+        logits = model(rows)[learned] @ model.table.weight.T
+    log_z = logits.double().exp().sum(-1).log()
+    weights = torch.where(rows.timesteps[learned] < 0, 0.25, 1.0).double()
+    mean = (weights * log_z**2).sum() / weights.sum()
+    assert mean > 0.1
+    torch.testing.assert_close((raised.total - plain.total).double(), 0.1 * mean)
+    assert torch.equal(raised.per_token, plain.per_token)  # what is logged stays in nats
+
+
 def test_noisy_blocks_reach_nothing_outside_themselves():
     model, document = make_model(), documents()[1]
     other = [document[0], image(9, timesteps=(1,), clean=True), document[2]]

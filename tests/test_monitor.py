@@ -1,12 +1,18 @@
-"""Weights & Biases, by a module that stands in for it: what it is told, and what it is not."""
+"""TensorBoard, read back, and Weights & Biases, by a module that stands in for it."""
 
+import json
 import sys
 
 import pytest
 from PIL import Image
+from ranks import remove_after
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmrdpm import recipe
 from mmrdpm.errors import RecipeError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.monitor import Monitor
+from mmrdpm.train_model import train
 
 
 class Wandb:
@@ -90,3 +96,18 @@ def test_wandb_that_is_missing_or_refuses_is_one_line(wandb, tmp_path, monkeypat
         Monitor(tmp_path, "title", total=9, wandb="project"),
     ):
         pass
+
+
+def test_tensorboard_shows_a_run_that_went_on_once(tiny_recipe, tmp_path):
+    """Updates 5 to 12 are made twice: their first scalars are hidden."""
+    loaded = recipe.load(ModelRecipe, tiny_recipe, ["checkpoint.keep=9"])
+    assert train(loaded, tmp_path)
+    remove_after(tmp_path, 4)
+    assert train(loaded, tmp_path, resume=True)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss/text", "lr", "tokens_per_second"):  # the last differs between the two
+        read = {event.step: event.value for event in board.Scalars(name)}
+        assert len(read) == len(board.Scalars(name)) == 6
+        assert read == pytest.approx({record["step"]: record[name] for record in records})

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from mmrdpm.optim import Average, Muon, OptimizerConfig, Optimizers, learning_rate
+from mmrdpm import checkpoint, recipe
+from mmrdpm.errors import CheckpointError
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.optim import Average, Muon, OptimizerConfig, Optimizers, before_fall, learning_rate
+from mmrdpm.train_model import Trainer, train
 
 
 def test_muon_in_bfloat16_is_torchs_own():
@@ -83,6 +87,43 @@ def test_wsd_stays_at_the_peak_and_falls_at_the_end_only():
     course = [learning_rate(2.0, step, 100, 10, "wsd", 0.2) for step in range(101)]
     assert course[:11] == sorted(course[:11]) and course[10:81] == [2.0] * 71
     assert course[85] == pytest.approx(2.0 * (1 - 0.5)) and course[100] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("steps", "decay"), [(100, 0.2), (7, 0.5), (3, 0.0), (5, 1.0)])
+def test_before_its_fall_wsd_has_the_rates_of_any_longer_plan(steps, decay):
+    """All updates that are counted have the peak, and the next one has not."""
+    stable = before_fall(steps, decay)
+    course = [learning_rate(2.0, step, steps, 0, "wsd", decay) for step in range(steps + 1)]
+    assert course[:stable] == [2.0] * stable and course[stable] < 2.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")
+def test_a_wsd_run_is_prolonged_from_before_its_fall_and_not_from_after(
+    tiny_recipe, tmp_path, interrupted
+):
+    """The plans' rates fall after update 7 (of 12, halved) and after update 12 (of 16)."""
+
+    def load(steps, decay):
+        overrides = ("train.schedule=wsd", f"train.steps={steps}", f"train.decay={decay}")
+        return recipe.load(ModelRecipe, tiny_recipe, [*overrides, "checkpoint.every=1"])
+
+    whole, run, late = (tmp_path / name for name in ("whole", "run", "late"))
+    assert train(load(16, 0.3), whole)
+    for folder, stopped in ((run, 7), (late, 8)):
+        with interrupted(Trainer, stopped):
+            assert not train(load(12, 0.5), folder)
+    assert train(load(16, 0.3), run, resume=True)
+    ours, theirs = (checkpoint.newest(folder) for folder in (run, whole))
+    assert ours.name == theirs.name == "step-0000016.safetensors"
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert recipe.read(run / checkpoint.RECIPE_FILE)["train"]["steps"] == 16
+    with pytest.raises(
+        CheckpointError, match=r"up to update 7 only.*and step-0000008\.saf.*train\.steps=12 and"
+    ):
+        train(load(16, 0.3), late, resume=True)
+    (late / "step-0000008.safetensors").unlink()
+    assert train(load(16, 0.3), late, resume=True)
+    assert checkpoint.newest(late).read_bytes() == theirs.read_bytes()
 
 
 def test_the_average_follows_by_hand():

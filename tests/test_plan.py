@@ -1,8 +1,10 @@
+import importlib
 import os
 import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,19 @@ def test_the_parameters_are_exact(tiny_recipe, tmp_path):
     assert planned.parameters == sum(p.numel() for p in real.parameters())
     assert planned.memory["weights"] == 4 * planned.parameters
     assert planned.tokens_per_image == 3 * 4
+
+
+def test_the_script_beside_runs_plans_and_trains_the_same(tiny_recipe, monkeypatch):
+    """Each in a process of its own, whose memory is that of the program and little else."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of those processes
+    script = importlib.import_module("plan_against_measured")
+    one, other = (
+        script.apart(work, str(tiny_recipe), ["train.precision=fp32"])
+        for work in (script.planned, script.trained)
+    )
+    assert one[0] > 0 and other[0] > 0
+    assert 1 / 2 < one[1] / other[1] < 2
 
 
 @pytest.mark.slow
@@ -237,6 +252,42 @@ def test_a_shard_holds_no_whole_gradient_but_the_embeddings(tiny_recipe):
     assert copied.peak - base > copied.memory["optimiser"] + 2 * copied.memory["weights"]
     held = sharded.memory["optimiser"] + 2 * sharded.memory["weights"]
     assert sharded.peak - base - held - sharded.memory["gathered"] < copied.memory["weights"] / 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more", "expected"),
+    [  # of P parameters, S in the stack, M in Muon's matrices: in float32 but for bfloat16's 2
+        (1, ["train.parallel=ddp"], lambda p, s, m: 0),
+        (4, ["train.parallel=ddp"], lambda p, s, m: 2 * 3 / 4 * 4 * p + 3 / 4 * 2 * m),
+        (4, ["train.parallel=ddp", "optimizer.name=adamw"], lambda p, s, m: 6 * p),
+        (
+            4,
+            ["train.parallel=fsdp", "optimizer.name=adamw"],
+            lambda p, s, m: 3 / 4 * (2 * 2 * s + 4 * (p - s) + 4 * p),
+        ),
+        (
+            4,
+            ["train.parallel=fsdp", "train.micro_batch_size=3"],  # of eight rows: three passes
+            lambda p, s, m: 3 * 3 / 4 * (2 * 2 * s + 4 * (p - s) + 4 * p) + 3 / 4 * (4 + 2) * m,
+        ),
+        (
+            16,
+            ["train.parallel=hybrid", "optimizer.name=adamw"],  # two nodes add up eighths
+            lambda p, s, m: 7 / 8 * (2 * 2 * s + 4 * (p - s) + 4 * p) + 2 * 1 / 2 * 4 * p / 8,
+        ),
+    ],
+)
+def test_the_exchange_between_gpus_by_hand(gpus, more, expected, tiny_recipe):
+    loaded = load(tiny_recipe, "data.rows=32", *more)
+    by_name = {name: p.numel() for name, p in bare(loaded).named_parameters()}
+    inside = [n for name, n in by_name.items() if name.startswith(("attentions.", "feed_forwards"))]
+    matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)  # q, o; k, v of one head; three of ffn
+    made = make_plan(loaded, gpus, "h100")
+    bytes_ = expected(sum(by_name.values()), sum(inside), matrices)
+    assert made.exchanged == pytest.approx(bytes_)
+    said = [line for line in lines(made) if line.startswith("exchange")]
+    assert len(said) == (gpus > 1)
+    assert all(f"{bytes_ / 50e9:.3g} s at 50 GB/s if nothing overlaps" in line for line in said)
 
 
 def bare(loaded):

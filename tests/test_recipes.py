@@ -24,6 +24,7 @@ from mmrdpm.train_tokenizer import ImageTokenizerRecipe, TextTokenizerRecipe, tr
 from mmrdpm.vocabulary import SPECIALS, Vocabulary
 
 SCHEMAS = {"image": ImageTokenizerRecipe, "text": TextTokenizerRecipe, "model": ModelRecipe}
+DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = sorted(shipped.folder("recipes").glob("*.yaml"))
 SUITES = sorted(shipped.folder("eval").glob("*.yaml"))
 OWN, PUBLISHED = "tokenizer_256_f16", "tokenizer_published_256"
@@ -128,7 +129,7 @@ def bare(config):
 
 
 def test_the_image_tokenisers_are_of_the_size_that_the_docs_say():
-    table = (Path(__file__).parent.parent / "docs" / "tokenizers.md").read_text()
+    table = (DOCS / "tokenizers.md").read_text()
     own, millions = bare(image_recipe(OWN).tokenizer)
     assert f"{OWN}.yaml` | our own, 256 pixels, f=16, K=4096, T=10, {millions:.0f}M para" in table
     assert (own.grid, own.codebook_size, own.num_timesteps) == ((16, 16), 4096, 10)
@@ -159,6 +160,32 @@ def test_the_recipe_on_a_published_autoencoder_trains_on_a_tiny_one(
     assert ["loss/codebook" in json.loads(line) for line in logged] == [True] * 3
 
 
+def test_the_recipe_of_our_own_autoencoder_trains_small_through_all_its_losses(
+    backbone, image_recipe_file, tmp_path
+):
+    small = ["batch_size=4", "codebook_batch=8", "steps=10", "statistics_images=8", "threads=1"]
+    loss = [f"loss.backbone={backbone}", "loss.adversarial_start=2"]
+    tiny = image_recipe(
+        OWN,
+        *(f"tokenizer.autoencoder.{key}" for key in ("image_size=32", "widths=[8,8,16]")),
+        "tokenizer.autoencoder.blocks=1",
+        f"data.sources.pictures.path={tmp_path / 'pictures'}",
+        "data.workers=0",
+        "checkpoint.log_every=1",
+        *(f"train.{key}" for key in (*small, *loss)),
+    )
+    assert train_image(tiny, tmp_path / "run")
+    made = image_tokenizer.load(tmp_path / "run")
+    assert (made.grid, made.codebook_size, made.num_timesteps) == ((2, 2), 4096, 10)
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    named = [{name for name in json.loads(line) if name.startswith("loss/")} for line in logged]
+    judged = {"loss/pixels", "loss/perceptual"}
+    against = {f"loss/{name}" for name in ("adversarial", "adaptive_weight", "discriminator")}
+    first, whole = ({"loss/autoencoder"} | judged, {"loss/autoencoder"} | judged | against)
+    last = {"loss/decoder"} | judged | against
+    assert named == [first] * 2 + [whole] * 5 + [{"loss/codebook"}] + [last] * 2
+
+
 @pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
 def test_the_size_of_a_large_model(path):
     loaded = recipe.load(ModelRecipe, path)
@@ -171,10 +198,14 @@ def test_the_size_of_a_large_model(path):
 
 
 def planned(path, tmp_path, *more):
-    """The plan for the GPUs that the header names."""
-    spec = tmp_path / "tokenizer.yaml"
-    side = 512 if "512" in path.stem else 256
-    recipe.dump(image_recipe(OWN, f"tokenizer.autoencoder.image_size={side}"), spec)
+    """The plan for the GPUs that the header names, on the recipe of a tokeniser as it says."""
+    spec, header = shipped.resolve("recipes", OWN), path.read_text().split("kind:")[0]
+    if made := re.search(rf"sed 's/(.+)/(.+)/' recipes/{OWN}\.yaml > (\S+)", header):
+        before, after, name = made.groups()
+        text, spec = spec.read_text(), tmp_path / name
+        assert text.count(before) == 1
+        spec.write_text(text.replace(before, after))
+    assert f" tokenizers.image={spec.name}" in header
     overrides = [f"tokenizers.image={spec}", *more]
     return make_plan(recipe.load(ModelRecipe, path, overrides), promised(path)[0], "h100")
 
@@ -207,6 +238,19 @@ def test_the_header_says_what_is_planned(path, offline, tmp_path):
     plan, (_, hours, gigabytes) = planned(path, tmp_path), promised(path)
     assert plan.hours == pytest.approx(hours, rel=0.02, abs=0.6) and plan.fits
     assert plan.peak / 1e9 == pytest.approx(gigabytes, rel=0.02)
+    row = re.search(rf"\| `{path.stem}` \|.*", (DOCS / "scaling.md").read_text())[0]
+    one_after_the_other = plan.hours + plan.exchanged / 50e9 * plan.recipe.train.steps / 3600
+    assert row.endswith(f"| {plan.exchanged / 1e9:.1f} | {one_after_the_other:.0f} |")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_command_in_a_header_is_whole(path):
+    """Nothing is left out, and ranks of several nodes are told how to find each other."""
+    commands = path.read_text().split("kind:")[0].replace("\\\n#", "").splitlines()
+    commands = [line for line in commands if line.startswith("#   ")]
+    assert commands and not any("..." in line for line in commands)
+    for line in commands:
+        assert "--rdzv-backend c10d --rdzv-endpoint" in line or "--nnodes" not in line
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)

@@ -172,6 +172,21 @@ def test_shards_are_read_by_as_many_ranks_as_there_are(shared_recipe, alone, tmp
         train(recipe.load(ModelRecipe, shared_recipe), run, resume=True)
 
 
+def test_adamw_on_shards_has_the_losses_of_one_process(shared_recipe, tmp_path):
+    """What follows from its two moments: the second update and those after it."""
+    options = ["optimizer.name=adamw", "train.steps=6", "samples.prompts=[]"]
+    assert train(recipe.load(ModelRecipe, shared_recipe, options), tmp_path / "one")
+    ranks = start_ranks(shared_recipe, tmp_path / "two", *options, "train.parallel=fsdp")
+    codes, _, err = finish(ranks)
+    assert codes == [0, 0], err
+    expected = losses(tmp_path / "one")
+    assert len({step for step, _ in expected}) == 6
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
+    ours, theirs = (weights.load(checkpoint.newest(tmp_path / r))[0] for r in ("two", "one"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_two_nodes_of_two_ranks_copy_shards_and_one_goes_on(shared_recipe, alone, tmp_path):
     run = tmp_path / "run"

@@ -9,10 +9,12 @@ from PIL import Image
 from transformers import ResNetModel
 
 from mmrdpm import distributed
+from mmrdpm.cli import main, training
 from mmrdpm.data.images import Cropper, ImagePlan
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig, LatentNorm
+from mmrdpm.rdpm.codebook import Codebook, CodebookFit, perplexity
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TokenRecord
 from mmrdpm.rdpm.perceptual import PerceptualLoss
 from mmrdpm.rdpm.reconstruction import LossConfig, Reconstruction, adaptive_weight
@@ -44,6 +46,28 @@ def test_usage_worked_by_hand():
     usage.add(1, torch.ones(4), torch.tensor(0.1), zero)
     assert usage.check(config, "run")["codebook_usage/timestep_02"] == pytest.approx(1)
     assert usage.low == 0  # it recovered
+
+
+def test_half_the_codes_moved_far_away_come_back_into_use():
+    """With their averages, as if latents had once lain there: no residual is near them."""
+    generator, book = torch.Generator().manual_seed(0), Codebook(1, 32, 4)
+    fit = CodebookFit(book)
+
+    def usage():
+        chosen = book.nearest(torch.randn(64, 16, 4, generator=generator), 1)
+        return perplexity(chosen, 32) / 32
+
+    def observe(times):
+        for _ in range(times):
+            fit.observe(torch.randn(64, 16, 4, generator=generator), 1, generator)
+
+    observe(20)
+    assert usage() > 0.7
+    book.codes[0, :16] += 1000
+    fit.sums[0] = book.codes[0] * fit.counts[0, :, None]
+    assert usage() <= 0.5
+    observe(80)  # until the counts of old have decayed below a tenth of the mean
+    assert usage() > 0.7 and book.codes.abs().max() < 100
 
 
 def test_fewer_residuals_than_codes_are_no_collapse():
@@ -196,3 +220,17 @@ def test_a_tokeniser_without_a_recipe_is_never_written_over(tmp_path, tiny_token
             begin(recipe_class(), own)
         after = {path.name: path.read_bytes() for path in own.iterdir() if path.name != ".lock"}
         assert after == before
+
+
+def test_a_gpu_that_a_tokeniser_fills_is_answered_with_its_own_keys(
+    image_recipe_file, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 ...")
+
+    monkeypatch.setattr(training, "train_image", fail)
+    command = ["tokenizer", "train", str(image_recipe_file), "--run", str(tmp_path / "run")]
+    assert main(command) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the GPU's memory is full (CUDA out" in said and "lower train.batch_size and" in said
+    assert "micro_batch_size" not in said and "recompute" not in said

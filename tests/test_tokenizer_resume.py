@@ -1,5 +1,7 @@
 """Image tokenisers whose data fail on the way, and what may change when their training goes on."""
 
+import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -9,7 +11,8 @@ from PIL import Image
 
 from mmrdpm import checkpoint, recipe
 from mmrdpm.data.packing import Lane
-from mmrdpm.errors import CheckpointError, DataError
+from mmrdpm.errors import CheckpointError, DataError, TrainingError
+from mmrdpm.rdpm.reconstruction import Reconstruction
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs")
@@ -94,3 +97,24 @@ def test_a_source_that_fails_costs_no_update(
         assert (run / name).read_bytes() == (finished / name).read_bytes()
     assert (run / "step-0000018.safetensors").exists()
     assert recipe.read(run / checkpoint.RECIPE_FILE)["data"]["max_broken_share"] == 0.9
+
+
+def test_after_a_loss_that_is_no_number_a_lower_rate_goes_on_from_the_last_checkpoint(
+    mapping, tmp_path, monkeypatch
+):
+    often, loss = {**mapping, "checkpoint": {"every": 2, "log_every": 1}}, Reconstruction.loss
+
+    def spoiled(self, output, images, last_layer, step):
+        total, parts = loss(self, output, images, last_layer, step)
+        return total * (math.nan if step == 5 else 1), parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reconstruction, "loss", spoiled)
+        with pytest.raises(TrainingError, match=r"step 6: .*--resume and a lower train\.lr"):
+            train_image(load(often), tmp_path)
+    assert checkpoint.newest(tmp_path).name == "step-0000004.safetensors"
+    lower = load({**often, "train": {**mapping["train"], "lr": 1e-4}})
+    assert train_image(lower, tmp_path, resume=True)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+    assert recipe.read(tmp_path / checkpoint.RECIPE_FILE)["train"]["lr"] == 1e-4

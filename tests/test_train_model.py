@@ -18,7 +18,6 @@ from PIL import Image
 from mmrdpm import checkpoint, machine, recipe, weights
 from mmrdpm.data import emoji_stream
 from mmrdpm.data.packing import Lane
-from mmrdpm.engine.guard import Guard, GuardConfig
 from mmrdpm.errors import CheckpointError, DataError, TrainingError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.samples import Samples, sample
@@ -104,6 +103,7 @@ def test_killed_at_random_moments_the_losses_are_the_same_bit_for_bit(kills, tin
     path = changed(tiny_recipe, tmp_path, train={"steps": steps}, checkpoint=policy)
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(recipe.load(ModelRecipe, path), whole)
+    unfinished, while_saving = set(), 0
     for kill in range(kills):
         process = start(path, run, *["--resume"] * (kill > 0))
         before = last_step(run)
@@ -112,9 +112,12 @@ def test_killed_at_random_moments_the_losses_are_the_same_bit_for_bit(kills, tin
         time.sleep(chance.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        left = {p for p in run.rglob("step-*.partial") if p.name not in unfinished}
+        unfinished, while_saving = unfinished | {p.name for p in left}, while_saving + bool(left)
         for saved in run.glob("step-*.safetensors"):
             weights.load(saved)
             assert checkpoint.state_of(saved)["step"] == checkpoint.step_of(saved)
+    assert while_saving or kills < 20  # of two it may be none
     code, messages = finish(start(path, run, "--resume"))
     assert code == 0, messages
     assert losses(run) == losses(whole)
@@ -304,18 +307,6 @@ def test_a_run_that_goes_back_ends_and_logs_every_step_once(tiny_recipe, tmp_pat
     assert [r["step"] for r in records] == list(range(1, 13))
     assert (records[3]["rollbacks"], records[-1]["rollbacks"]) == (0, 1)
     assert records[-1]["skipped_updates"] == 2
-
-
-def test_the_guard_knows_a_spike_from_a_bump():
-    guard = Guard(GuardConfig(spike=10.0, patience=2))
-    assert all(guard.accepts(1.0 + 0.1 * (i % 3)) for i in range(60))
-    assert guard.accepts(5.0) and not guard.accepts(50.0) and guard.accepts(1.0)
-    assert not guard.accepts(float("nan")) and not guard.accepts(float("inf"))
-    assert guard.lost_patience and guard.skipped == 3
-    assert Guard(GuardConfig(spike=0.0)).accepts(1e9)
-    again = Guard(guard.config)
-    again.restore(guard.state())
-    assert again == guard
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -18,6 +18,10 @@ Commands = Any
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 _FULL = "DefaultCPUAllocator"  # that torch's RuntimeError names where main memory is full
+_LESS = (
+    "lower train.micro_batch_size or set train.recompute=true (mmrdpm plan looks ahead), or draw"
+    " and measure less at once"
+)
 
 
 def status_of(work: Callable[[], int | None]) -> int:
@@ -30,12 +34,7 @@ def status_of(work: Callable[[], int | None]) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"mmrdpm: error: {place}{error.strerror or error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
-        print(
-            f"mmrdpm: error: the GPU's memory is full ({str(error).splitlines()[0][:160]}): lower"
-            " train.micro_batch_size or set train.recompute=true (mmrdpm plan looks ahead), or draw"
-            " and measure less at once",
-            file=sys.stderr,
-        )
+        print(f"mmrdpm: error: {full_gpu(error)}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or _FULL in str(error)):
             raise
@@ -48,6 +47,15 @@ def status_of(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 1
+
+
+def full_gpu(error: torch.OutOfMemoryError, advice: str = _LESS) -> str:
+    """What to say where the memory of a GPU is full.
+
+    Args:
+        advice: how to need less; by default, for what is done with a model.
+    """
+    return f"the GPU's memory is full ({str(error).splitlines()[0][:160]}): {advice}"
 
 
 def command(of: Commands, function: Callable[..., Any], name: str) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mmrdpm import api, distributed, recipe, shipped, text_tokenizer
@@ -17,6 +18,7 @@ from mmrdpm.cli.common import (
     Commands,
     command,
     count,
+    full_gpu,
     group,
     recipe_file,
     run_options,
@@ -31,7 +33,7 @@ from mmrdpm.data.pictures import (
     to_square,
     to_tensor,
 )
-from mmrdpm.errors import CheckpointError, UsageError
+from mmrdpm.errors import CheckpointError, TrainingError, UsageError
 from mmrdpm.evaluation.suite import GROUPS
 from mmrdpm.evaluation.tokenizer import WAYS, measure_images, measure_texts
 from mmrdpm.export import export
@@ -43,6 +45,11 @@ from mmrdpm.train_tokenizer import (
     TextTokenizerRecipe,
     train_image,
     train_text,
+)
+
+_LESS_OF_TOKENISER = (
+    "lower train.batch_size and train.codebook_batch alike and begin anew, or share them among"
+    " more GPUs by torchrun, on which a run may go on"
 )
 
 
@@ -81,9 +88,14 @@ def tokenizer_train(options: argparse.Namespace) -> int:
     path = recipe_file(options.recipe, ("image", "text"))
     if recipe.read(path).get("kind") == "image":
         loaded = recipe.load(ImageTokenizerRecipe, path, options.overrides)
-        return _train(train_image, loaded, options, "tokenizer train")
+        try:
+            return _train(train_image, loaded, options, "tokenizer train")
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(full_gpu(error, _LESS_OF_TOKENISER)) from None
     if options.resume:
-        raise UsageError("a text tokeniser trains in seconds: there is nothing to resume")
+        raise UsageError(
+            "a text tokeniser is trained in one go and saves nothing on the way: leave --resume out"
+        )
     run = options.run or Path("runs") / path.stem
     train_text(recipe.load(TextTokenizerRecipe, path, options.overrides), run)
     print(run)
