@@ -69,13 +69,37 @@ def one_pass(
             attended = attend([n for _ in range(rows) for n in lengths], data.seq_len, tally)
             model.plan = lambda _: attended
             hidden = model(packed)
-            labels = (packed.timesteps, packed.targets, packed.residuals)
-            each = (t.flatten(0, 1)[learned].split(part) for t in (hidden, *labels))
-            how = (model.code_features, train.soft_labels, train.z_loss, model.scored())
-            scored = [model.once_or_twice(score, *how, *p) for p in zip(*each, strict=True)]
-            sum(wanted.sum() for _, wanted, _ in scored).backward()
-    held = min(part, len(learned)) if train.recompute else len(learned)
-    return 4.0 * held * vocabulary.size
+            columns = (hidden, packed.timesteps, packed.targets, packed.residuals)
+            total, sizes = torch.zeros(()), []
+            for count, ids, softness in _kinds(loaded, model, len(learned), lengths, rows, images):
+                each = (t.flatten(0, 1)[learned[:count]].split(part) for t in columns)
+                how = (model.code_features, softness, train.z_loss, model.scored(ids))
+                scored = [model.once_or_twice(score, *how, *p) for p in zip(*each, strict=True)]
+                total = total + sum(wanted.sum() for _, wanted, _ in scored)
+                sizes.append((min(part, count) if train.recompute else count) * len(how[-1]))
+            total.backward()
+    return 4.0 * (max(sizes) if train.recompute else sum(sizes))
+
+
+def _kinds(
+    loaded: ModelRecipe,
+    model: Transformer,
+    count: int,
+    lengths: list[int],
+    rows: int,
+    images: ImageTokenizer,
+) -> list[tuple[int, slice, float]]:
+    """As `objective.loss` scores: how many targets, among which ids, with how soft labels."""
+    data, train = loaded.data, loaded.train
+    if not train.codes_apart:
+        return [(count, slice(None), train.soft_labels)]
+    drawings = sum(n == lengths[0] for n in lengths)
+    codes = min(count, rows * drawings * data.steps_per_image * positions_of(images))
+    first = model.code_ids.start
+    return [
+        (codes, model.code_ids, train.soft_labels),
+        (count - codes, slice(0, first), 0.0),
+    ]
 
 
 def positions_of(images: ImageTokenizer) -> int:

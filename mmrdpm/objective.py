@@ -50,6 +50,7 @@ def loss(
     z_weight: float = 0.0,
     divisor: Tensor | None = None,
     soft_labels: float = 0.0,
+    codes_apart: bool = False,
 ) -> Losses:
     """Cross-entropy at every target; text targets weigh `text_weight`, image targets 1.
 
@@ -62,18 +63,29 @@ def loss(
         soft_labels: tau of the codes' labels, see `rdpm.soft_labels`, which say where the
             residual lies and not only to which code it is nearest. 0 is the nearest code alone.
             Needs `code_geometry`.
+        codes_apart: whether codes are scored among the codes alone, and text among all that is no
+            code, which spares the products with what cannot stand there; else all among all.
+            Needs `code_geometry`.
         divisor: the summed weights of the whole batch where these rows are only a part of it.
     """
     learned = packed.targets != NO_TARGET
     hidden = model(packed)[learned]
     timesteps = packed.timesteps[learned]
     targets = packed.targets[learned]
-    size = PARTS.get(hidden.device.type, PARTS["cuda"])
     labels = (timesteps, targets, packed.residuals[learned])
-    parts = zip(*(each.split(size) for each in (hidden, *labels)), strict=True)
-    how = (model.code_features, soft_labels, z_weight, model.scored())
-    scored = [model.once_or_twice(score, *how, *part) for part in parts]
+    size = PARTS.get(hidden.device.type, PARTS["cuda"])
+    scored, order = [], []
+    everything = [(slice(None), slice(None), soft_labels)]
+    kinds = _kinds(model, timesteps, soft_labels) if codes_apart else everything
+    for chosen, ids, softness in kinds:
+        states, steps, wanted, residuals = (each[chosen] for each in (hidden, *labels))
+        how = (model.code_features, softness, z_weight, model.scored(ids))
+        columns = (states, steps, wanted - (ids.start or 0), residuals)
+        parts = zip(*(each.split(size) for each in columns), strict=True)
+        scored += [model.once_or_twice(score, *how, *part) for part in parts]
+        order.append(steps)
     per_token, wanted, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
+    timesteps = torch.cat(order)
     weights = _weights(timesteps, text_weight)
     if divisor is None:
         divisor = weights.sum()
@@ -109,6 +121,14 @@ def score(
     exact = -log_p.gather(1, targets[:, None])[:, 0]
     soft = -(wanted * log_p[:, -len(codes) :]).sum(-1)
     return exact, torch.where(timesteps > 0, soft, exact), squared_z
+
+
+def _kinds(
+    model: Transformer, timesteps: Tensor, soft_labels: float
+) -> list[tuple[Tensor, slice, float]]:
+    """Of codes and of text: which targets, the ids they are scored among, how soft their labels."""
+    codes = model.code_ids
+    return [(timesteps > 0, codes, soft_labels), (timesteps < 0, slice(0, codes.start), 0.0)]
 
 
 def _weights(timesteps: Tensor, text_weight: float) -> Tensor:

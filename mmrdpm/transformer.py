@@ -342,6 +342,13 @@ class Transformer(nn.Module):
         rows = self.scored(ids)
         return linear(hidden[..., : rows.shape[1]], rows)
 
+    @property
+    def code_ids(self) -> slice:
+        """The ids of the codes, the last of all; with `code_geometry`."""
+        assert self.code_features is not None
+        size = len(self.table.weight)
+        return slice(size - len(self.code_features), size)
+
     def scored(self, ids: slice = slice(None)) -> Tensor:
         """The rows of token ids whose products with hidden states are their scores."""
         scores = self.table if self.config.tied else self.unembedding

@@ -201,8 +201,38 @@ def test_soft_labels_written_out(images):
     assert abs(found.total - hard.total) > 0.01
 
 
-def test_a_run_with_all_of_it_comes_back_and_keeps_it(tiny_recipe, tmp_path):
+def test_codes_apart_are_scored_among_themselves_and_text_among_the_rest(images):
+    """A softmax over the whole, written out, of which each keeps its own part."""
+    model, generator = make_model(images), torch.Generator().manual_seed(1)
+    residuals = torch.randn(3, 2, 2, 4, generator=generator)
+    codes = torch.cdist(residuals.view(-1, 4), images.codebook.codes[0]).argmin(-1).view(3, 2, 2)
+    states = torch.randn(4, 2, 2, 4, generator=generator)
+    segment = ImageSegment(codes, states, (3, 1), residuals=residuals)
+    v = Vocabulary(text_size=10, codebook_size=16)
+    row = pack([[[TextSegment((v.bos, 3, v.image_start)), segment]]], 12, v, 4)
+    logits = model.logits(model(row))[0]
+    first = v.code_offset
+    text = -logits[:2, :first].log_softmax(-1)[[0, 1], [3, v.image_start]]
+    log_p = logits[3:11, first:].log_softmax(-1)
+    exact = -log_p.gather(1, torch.cat([codes[2], codes[0]]).view(8, 1))[:, 0]
+    near = torch.cat([residuals[2], residuals[0]]).view(8, 1, 4)
+    wanted = (-(near - images.codebook.codes[0]).square().sum(-1) / 0.8).softmax(-1)
+    found = loss(model, row, text_weight=0.5, soft_labels=0.8, codes_apart=True)
+    total = (0.5 * text.sum() - (wanted * log_p).sum()) / (0.5 * 2 + 8)
+    torch.testing.assert_close(found.total, total)
+    torch.testing.assert_close(found.per_token, torch.cat([exact, text]))
+    assert found.timesteps.tolist() == [3] * 4 + [1] * 4 + [-1] * 2
+    hard = loss(model, row, z_weight=0.1, codes_apart=True)
+    squared = sum(
+        part.logsumexp(-1).square().sum() for part in (logits[3:11, first:], logits[:2, :first])
+    )
+    torch.testing.assert_close(hard.total, (exact.sum() + text.sum() + 0.1 * squared) / 10)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_run_with_all_of_it_comes_back_and_keeps_it(tiny_recipe, tmp_path, apart):
     overrides = [f"model.{key}=true" for key in ON] + ["train.soft_labels=2.0"]
+    overrides.append(f"train.codes_apart={str(apart).lower()}")
     loaded = recipe.load(ModelRecipe, tiny_recipe, overrides)
     assert train(loaded, tmp_path / "run")
     model = mmrdpm.load(tmp_path / "run")
@@ -212,7 +242,8 @@ def test_a_run_with_all_of_it_comes_back_and_keeps_it(tiny_recipe, tmp_path):
     packed = again.loader.batch()
     device = again.transformer.table.weight.device
     learned, *_ = again.parallel.module(packed.to(device), torch.tensor(1.0, device=device))
-    soft = loss(again.transformer, packed.to(device), 1.0, 0.0, torch.tensor(1.0), 2.0).total
+    how = (1.0, 0.0, torch.tensor(1.0), 2.0, apart)
+    soft = loss(again.transformer, packed.to(device), *how).total
     torch.testing.assert_close(learned, soft.to(device))
     one, two = (m(packed.to(m.table.weight.device)) for m in (model.transformer, again.transformer))
     torch.testing.assert_close(one, two)
@@ -231,6 +262,7 @@ def test_what_does_not_go_together_is_refused(tiny_recipe, tiny_tokenizers, tmp_
     refused("it needs code_geometry", "model.preconditioning=true")
     refused("needs norm_inputs", "model.places=true", "model.norm_inputs=false")
     refused("soft_labels compares codes by their vectors", "train.soft_labels=1.0")
+    refused("codes_apart asks which ids are codes", "train.codes_apart=true")
     old = image_tokenizer.load(tiny_tokenizers / "image")
     per_step = image_tokenizer.ImageTokenizer(replace(old.config, per_step_codebook=True))
     per_step.save(tmp_path / "per-step")
@@ -249,7 +281,12 @@ def test_plans_and_figures_of_codes_know_it(tiny_recipe, tmp_path):
     of_trainer = Trainer(loaded, tmp_path / "again").transformer.lengthening
     assert model.transformer.lengthening == of_trainer > 1
     parameters = sum(p.numel() for p in model.transformer.parameters())
-    assert make_plan(loaded, 1, "cpu").parameters == parameters
+    planned = make_plan(loaded, 1, "cpu")
+    assert planned.parameters == parameters
+    apart = make_plan(
+        recipe.load(ModelRecipe, tiny_recipe, [*overrides, "train.codes_apart=true"]), 1, "cpu"
+    )
+    assert apart.flops < planned.flops and apart.memory["logits"] < planned.memory["logits"]
     found = information(model, batches=1, joint_steps=2, seed=0)
     assert len(found.marginal) == 3
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep import information, plots, spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import report, results_table
-from mmrdpm.sweep.run import count_flops, run_sweep
+from mmrdpm.sweep.run import count_flops, recipe_sha256, run_sweep
 from mmrdpm.tokenizer_trainer import TokenizerTrainer
 from mmrdpm.train_model import Trainer
 
@@ -218,6 +219,25 @@ def drawn(sweep, out, **changes):
         Records(out / "results.jsonl").append({"variant": name, "seed": 0, **figures, **changes})
     report(sweep, out)
     return {path.stem: path.read_bytes() for path in out.glob("*.svg")}
+
+
+def test_the_lines_in_docs_are_of_the_recipes_as_they_are():
+    """What has been measured counts: a sweep in a folder with these lines goes on from them."""
+    measured = Path(__file__).parent.parent / "docs/measured"
+    lines = [
+        x for n in ("", "-avx2") for x in Records(measured / f"ablations{n}/results.jsonl").all()
+    ]
+    seen = set()
+    for path in sorted(shipped.folder("recipes").glob("ablations/*.yaml")):
+        if yaml.safe_load(path.read_text())["kind"] != "sweep":
+            continue
+        sweep = spec.load(path)
+        for variant in sweep.variants if sweep.model_recipe else ():
+            sha256 = recipe_sha256(spec.model_recipe(sweep, variant, steps=1, seed=0))
+            own = [line for line in lines if line["variant"] == variant.name]
+            assert {line["recipe_sha256"] for line in own} <= {sha256}, variant.name
+            seen |= {line["variant"] for line in own}
+    assert seen == {line["variant"] for line in lines}
 
 
 def test_a_table_refuses_lines_of_different_judges(tiny_sweep, tmp_path):

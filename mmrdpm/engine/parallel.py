@@ -63,14 +63,15 @@ class Objective(nn.Module):
         text_weight: float = 1.0,
         z_weight: float = 0.0,
         soft_labels: float = 0.0,
+        codes_apart: bool = False,
     ) -> None:
         super().__init__()
         self.transformer, self.text_weight, self.z_weight = transformer, text_weight, z_weight
-        self.soft_labels = soft_labels
+        self.soft_labels, self.codes_apart = soft_labels, codes_apart
 
     def forward(self, packed: Packed, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights = (self.text_weight, self.z_weight)
-        made = loss(self.transformer, packed, *weights, divisor, self.soft_labels)
+        how = (self.text_weight, self.z_weight, divisor, self.soft_labels, self.codes_apart)
+        made = loss(self.transformer, packed, *how)
         return made.total, made.per_token, made.timesteps
 
 

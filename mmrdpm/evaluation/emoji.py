@@ -274,7 +274,7 @@ class EmojiEvaluation:
             yield Shown(title, contact_sheet(rows, 2))
         names = self.groups[0].names[:_STRIPS]
         seeds = picture_seeds(self.suite.seed, len(names))
-        yield strips(self.model, names, seeds)
+        yield strips(self.model, names, seeds, self.model.sampling.guidance_scale)
 
     @cached_property
     def features(self) -> EfficientNetLite0:

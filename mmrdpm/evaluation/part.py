@@ -27,9 +27,12 @@ class Shown:
     rows: Sequence[Sequence[str]] = ()
 
 
-def strips(model: Model, prompts: Sequence[str], seeds: Sequence[int], **how: float) -> Shown:
+def strips(
+    model: Model, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float
+) -> Shown:
     """The way of each picture from noise, a row each."""
-    rows = [model.trace(*pair, **how) for pair in zip(prompts, seeds, strict=True)]
+    pairs = zip(prompts, seeds, strict=True)
+    rows = [model.trace(prompt, seed, guidance_scale=guidance_scale) for prompt, seed in pairs]
     return Shown(f"From noise, step by step: {', '.join(prompts)}", contact_sheet(rows, 2))
 
 

@@ -94,7 +94,6 @@ def _finish(
 def _identity(sweep: Sweep, variant: Variant, seed: int, images: Path | None) -> dict[str, Any]:
     """What a line of results belongs to: names and overrides, and what they mean by content."""
     recipe = spec.model_recipe(sweep, variant, steps=1, seed=0)
-    content = recipes.to_dict(recipe)
     tokenizer = images or shipped.resolve("tokenizers", recipe.tokenizers.image)
     return {
         "variant": variant.name,
@@ -104,9 +103,17 @@ def _identity(sweep: Sweep, variant: Variant, seed: int, images: Path | None) ->
         "sampling": recipes.to_dict(spec.sampling(sweep, variant)),
         "tflops": variant.tflops or sweep.tflops,
         "measures": recipes.to_dict(sweep.measures),
-        "recipe_sha256": digest({k: v for k, v in content.items() if k not in _BESIDE}),
+        "recipe_sha256": recipe_sha256(recipe),
         "tokenizer_sha256": content_sha256(tokenizer),
     }
+
+
+def recipe_sha256(recipe: ModelRecipe) -> str:
+    """Of all that weights follow from besides the tokenisers and the seed."""
+    content = {k: v for k, v in recipes.to_dict(recipe).items() if k not in _BESIDE}
+    if not recipe.train.codes_apart:
+        del content["train"]["codes_apart"]  # lines of before there was such a key go on counting
+    return digest(content)
 
 
 def _check_same(known: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
@@ -161,6 +168,7 @@ def count_flops(recipe: ModelRecipe) -> tuple[float, int]:
                 made = loss(
                     *(model, packed, recipe.train.text_weight),
                     soft_labels=recipe.train.soft_labels,
+                    codes_apart=recipe.train.codes_apart,
                 )
                 made.total.backward()
         parameters = sum(p.numel() for p in model.parameters())

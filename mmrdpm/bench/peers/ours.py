@@ -45,7 +45,7 @@ class Ours(Peer):
             places=shape.places,
         )
         self.soft_labels, self.steps_per_image = shape.soft_labels, shape.steps_per_image
-        self.expected_steps = shape.expected_steps
+        self.expected_steps, self.codes_apart = shape.expected_steps, shape.codes_apart
         self.draws_codes = shape.expected_steps < scene.images.num_timesteps
         self.scene = scene
         self.shares = torch.from_numpy(by_the_way(scene.images.trajectory.schedule))
@@ -78,7 +78,11 @@ class Ours(Peer):
         packed = pack(rows, longest, self.vocabulary, self.images.latent_channels, rank)
         text = packed.timesteps < 0
         packed = replace(packed, targets=packed.targets.masked_fill(text, NO_TARGET))
-        return loss(self.transformer, packed.to(self.device), soft_labels=self.soft_labels).total
+        return loss(
+            *(self.transformer, packed.to(self.device)),
+            soft_labels=self.soft_labels,
+            codes_apart=self.codes_apart,
+        ).total
 
     def draw(self, captions: Sequence[Caption], how: How) -> Tensor:
         guided = Guided(guidance_scale=how.guidance_scale, expected_steps=self.expected_steps)

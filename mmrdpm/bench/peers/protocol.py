@@ -67,7 +67,7 @@ class OurShape(Shape):
 
     Attributes:
         preconditioning, places, sees_start_noise: see `TransformerConfig`.
-        soft_labels: see `objective.loss`.
+        soft_labels, codes_apart: see `objective.loss`.
         steps_per_image: timesteps of a picture that one update learns, all where it has fewer.
         expected_steps: see `Guided`; where it is all steps there is no temperature.
     """
@@ -76,6 +76,7 @@ class OurShape(Shape):
     places: bool = False
     sees_start_noise: bool = True
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
+    codes_apart: bool = False
     steps_per_image: int = field(default=4, metadata={"min": 1})
     expected_steps: int = field(default=0, metadata={"min": 0})
 
