@@ -20,7 +20,7 @@ from mmrdpm.data.loader import Loader
 from mmrdpm.data.rows import InOrder, Lanes
 from mmrdpm.errors import MmrdpmError
 from mmrdpm.model_recipe import ModelRecipe
-from mmrdpm.plan import Kind, make_plan
+from mmrdpm.plan import Kind, Plan, make_plan
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.published import PublishedConfig
 from mmrdpm.tokenizer_trainer import TokenizerTrainer
@@ -38,6 +38,11 @@ _OPTIONAL = {  # package -> what it is for
     "diffusers": "published autoencoders",
     "ray": "mmrdpm data cache on a Ray cluster",
 }
+_OTHERS = {  # kind of a recipe -> what looks at it in the doctor's place
+    "text": "mmrdpm tokenizer train takes seconds and tells what it lacks",
+    "sweep": "name its model_recipe or its tokenizer_recipe",
+    "peers": "mmrdpm bench peers tells what it lacks",
+}
 _CHECKPOINT = 4  # times the weights: weights, moments, and what is written before the old one goes
 
 
@@ -53,16 +58,24 @@ class Line:
         return f"{'!' if self.trouble else ' '} {self.name:<12} {self.text}"
 
 
-def examine(path: Path | None, overrides: list[str]) -> Iterator[Line]:
-    """Looks at the machine, then, where one is given, at a recipe and its data."""
-    yield from _machine()
+def examine(
+    path: Path | None, overrides: list[str], gpus: int | None = None, run: Path = Path(".")
+) -> Iterator[Line]:
+    """Looks at the machine, then, where one is given, at a recipe and its data.
+
+    Args:
+        gpus: how many a model is to be trained on, or processes on the CPU; None for those here,
+            as far as they can share its rows.
+        run: where the run would go, there already or not.
+    """
+    yield from _machine(run)
     yield from _attention()
     yield from _packages()
     if path is not None:
-        yield from _recipe(path, overrides)
+        yield from _recipe(path, overrides, gpus, run)
 
 
-def _machine() -> Iterator[Line]:
+def _machine(run: Path) -> Iterator[Line]:
     yield Line("python", f"{platform.python_version()}, {platform.platform()}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     yield Line("torch", f"{torch.__version__}, {build}")
@@ -79,7 +92,8 @@ def _machine() -> Iterator[Line]:
     yield Line("precision", f"{name} by auto, {rate / 1e9:,.0f} GFLOP/s in one matrix product")
     memory = machine.main_memory()
     yield Line("memory", f"{memory / 1e9:.0f} GB" if memory else "unknown")
-    yield Line("disk", f"{shutil.disk_usage('.').free / 1e9:.0f} GB free at {Path.cwd()}")
+    free, place = _free(run)
+    yield Line("disk", f"{free / 1e9:.0f} GB free at {place}")
 
 
 def _attention() -> Iterator[Line]:
@@ -100,25 +114,35 @@ def _packages() -> Iterator[Line]:
         yield Line("package", f"{package}: {found} ({purpose})")
 
 
-def _recipe(path: Path, overrides: list[str]) -> Iterator[Line]:
+def _recipe(path: Path, overrides: list[str], gpus: int | None, run: Path) -> Iterator[Line]:
     try:
-        of_images = recipe.read(path).get("kind") == "image"
-        yield from (_image_tokenizer if of_images else _model)(path, overrides)
+        kind = recipe.read(path).get("kind")
+        if kind == "model":
+            yield from _model(path, overrides, gpus, run)
+        elif kind == "image":
+            yield from _image_tokenizer(path, overrides, run)
+        else:
+            text = f"{path}: is of kind {kind!r}, which is not looked into: {_OTHERS[str(kind)]}"
+            yield Line("recipe", text, trouble=True)
     except MmrdpmError as error:
         yield Line("recipe", str(error), trouble=True)
 
 
-def _model(path: Path, overrides: list[str]) -> Iterator[Line]:
+def _model(path: Path, overrides: list[str], gpus: int | None, run: Path) -> Iterator[Line]:
     loaded = pretrained.complete(recipe.load(ModelRecipe, path, overrides))
     yield Line("recipe", f"{path}: fits its schema")
     shape = loaded.model.head_dim, loaded.data.seq_len
     chosen = backend.resolve(loaded.train.attention, machine.device(), *shape)
     yield Line("attention", chosen)
-    yield from _data(loaded)
-    yield from _needs(loaded)
+    rows, here = loaded.data.rows, torch.cuda.device_count() or 1
+    gpus = gpus or next(n for n in range(here, 0, -1) if rows % n == 0)
+    plan = make_plan(loaded, gpus, _kind())
+    yield from _needs(plan)
+    yield _disk(loaded.checkpoint, _CHECKPOINT * plan.parameters, run)
+    yield from _data(loaded, min(loaded.train.micro_batch_size or rows, rows // gpus))
 
 
-def _image_tokenizer(path: Path, overrides: list[str]) -> Iterator[Line]:
+def _image_tokenizer(path: Path, overrides: list[str], run: Path) -> Iterator[Line]:
     """Makes the tokeniser and reads the first batch, as a run would; memory is not foreseen."""
     loaded = recipe.load(ImageTokenizerRecipe, path, overrides)
     yield Line("recipe", f"{path}: fits its schema")
@@ -134,19 +158,19 @@ def _image_tokenizer(path: Path, overrides: list[str]) -> Iterator[Line]:
         yield from _broken(data.rows, loaded.data.max_broken_share)
     held = sum(tensor.numel() for tensor in trainer.tokenizer.state_dict().values())
     frozen = isinstance(config.autoencoder, PublishedConfig)
-    yield _disk(loaded.checkpoint, held if frozen else _CHECKPOINT * held)
+    yield _disk(loaded.checkpoint, held if frozen else _CHECKPOINT * held, run)
 
 
-def _data(loaded: ModelRecipe) -> Iterator[Line]:
-    """Makes the first batch, as a run would."""
+def _data(loaded: ModelRecipe, rows: int) -> Iterator[Line]:
+    """Makes a first batch of so many rows, as one process of a run would."""
     images = image_tokenizer.load(shipped.resolve("tokenizers", loaded.tokenizers.image))
     files = text_tokenizer.FILES
     texts = text_tokenizer.load(hub.resolve("tokenizers", loaded.tokenizers.text, files))
     vocabulary = Vocabulary(texts.size, images.codebook_size)
     yield Line("tokenizers", f"{texts.size} text ids, {images.codebook_size} image codes")
-    loader = Loader(loaded.data, loaded.train.seed, images, texts, vocabulary)
+    loader = Loader(replace(loaded.data, rows=rows), loaded.train.seed, images, texts, vocabulary)
     useful = (loader.batch().layout.document_ids >= 0).double().mean().item()
-    yield Line("data", f"the first batch is there, {useful:.1%} of its tokens useful")
+    yield Line("data", f"the first {rows} rows are there, {useful:.1%} of their tokens useful")
     yield from _broken(loader.rows, loaded.data.max_broken_share)
 
 
@@ -161,22 +185,29 @@ def _broken(rows: InOrder | Lanes, share: float) -> Iterator[Line]:
         yield Line("broken", text, trouble=True)
 
 
-def _needs(loaded: ModelRecipe) -> Iterator[Line]:
-    plan = make_plan(loaded, 1, _kind())
+def _needs(plan: Plan) -> Iterator[Line]:
     if torch.cuda.is_available():  # the card that is here may be none of the planned kinds
         plan = replace(plan, room=float(torch.cuda.get_device_properties(0).total_memory))
-    text = f"{plan.peak / 1e9:.2f} GB at once in one process"
+    each = f"in each of {plan.gpus} processes" if plan.gpus > 1 else "in one process"
+    text = f"{plan.peak / 1e9:.2f} GB at once {each}"
     if plan.room:
-        text += f", of {plan.room / 1e9:.0f} GB"
+        share = " for all" if plan.together > 1 else ""
+        text += f", of {plan.room / 1e9:.0f} GB{share}"
     yield Line("needs", text, trouble=not plan.fits)
-    yield _disk(loaded.checkpoint, _CHECKPOINT * plan.parameters)
 
 
-def _disk(policy: CheckpointPolicy, numbers: int) -> Line:
+def _disk(policy: CheckpointPolicy, numbers: int, run: Path) -> Line:
     """Whether there is room for checkpoints of so many float32 numbers each."""
-    kept, free = (policy.keep + 1) * 4 * numbers, shutil.disk_usage(".").free
-    text = f"{kept / 1e9:.2f} GB for checkpoints, {free / 1e9:.0f} GB are free"
+    kept, (free, place) = (policy.keep + 1) * 4 * numbers, _free(run)
+    text = f"{kept / 1e9:.2f} GB for checkpoints, {free / 1e9:.0f} GB are free at {place}"
     return Line("needs", text, trouble=kept > free)
+
+
+def _free(run: Path) -> tuple[int, Path]:
+    """Bytes on the disk of a folder that may be yet to be made, and what of it is there."""
+    run = run.expanduser().absolute()
+    place = next(folder for folder in (run, *run.parents) if folder.exists())
+    return shutil.disk_usage(place).free, place
 
 
 def _kind() -> Kind:

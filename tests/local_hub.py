@@ -1,7 +1,8 @@
 """A small Hugging Face hub on this machine, over HTTP: what its client libraries ask one for.
 
-Repositories are folders, `ROOT/models/OWNER/NAME` and `ROOT/datasets/OWNER/NAME`. A process asks
-this hub where HF_ENDPOINT is `Hub.url` before it imports the libraries.
+Repositories are folders, `ROOT/models/OWNER/NAME` and `ROOT/datasets/OWNER/NAME`, and beside them
+`NAME@TAG` where one has other revisions. A process asks this hub where HF_ENDPOINT is `Hub.url`
+before it imports the libraries.
 """
 
 import hashlib
@@ -12,8 +13,8 @@ import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+/?(.*))?")
-_FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)")
+_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)/?(.*))?")
+_FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 class Hub(ThreadingHTTPServer):
@@ -50,21 +51,29 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.server.asked.append(path)
         if found := _FILE.fullmatch(path):
-            kind, name, file = found.groups()
-            return self._file(self.server.root / ("datasets" if kind else "models") / name, file)
+            kind, name, revision, file = found.groups()
+            return self._file(self._repo("datasets" if kind else "models", name, revision), file)
         if found := _API.fullmatch(path):
-            kind, name, what, below = found.groups()
-            return self._described(self.server.root / kind / name, name, what, below or "")
+            kind, name, what, revision, below = found.groups()
+            return self._described(self._repo(kind, name, revision), name, what, below or "")
         return self._send({}, 404)
 
     do_HEAD = do_GET
+
+    def _repo(self, kind, name, revision):
+        """The folder of a tag or commit; that of the newest for all others, as `main`."""
+        newest = self.server.root / kind / name
+        others = newest.parent.glob(f"{newest.name}@*")
+        return next(
+            (p for p in others if revision in (p.name.partition("@")[2], commit(p))), newest
+        )
 
     def _described(self, repo, name, what, below):
         if not repo.is_dir():
             return self._send({}, 404, {"X-Error-Code": "RepoNotFound"})
         if what != "tree":
             files = [{"rfilename": str(p.relative_to(repo))} for p in repo.rglob("*.*")]
-            return self._send({"id": name, "sha": _commit(repo), "siblings": files, "tags": []})
+            return self._send({"id": name, "sha": commit(repo), "siblings": files, "tags": []})
         deep = "recursive=true" in self.path.lower()
         told = [
             {
@@ -83,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             code = "EntryNotFound" if repo.is_dir() else "RepoNotFound"
             return self._send({}, 404, {"X-Error-Code": code})
         whole = path.read_bytes()
-        about = {"ETag": f'"{hashlib.sha1(whole).hexdigest()}"', "X-Repo-Commit": _commit(repo)}
+        about = {"ETag": f'"{hashlib.sha1(whole).hexdigest()}"', "X-Repo-Commit": commit(repo)}
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(found[1]), min(int(found[2] or len(whole)), len(whole) - 1)
             about["Content-Range"] = f"bytes {first}-{last}/{len(whole)}"
@@ -100,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def _commit(repo):
+def commit(repo):
+    """What stands for the commit of a repository's folder; changes with its files."""
     told = [(str(p), p.stat().st_mtime_ns) for p in sorted(repo.rglob("*"))]
     return hashlib.sha1(repr(told).encode()).hexdigest()

@@ -123,9 +123,13 @@ def test_what_ray_was_killed_in_goes_on_to_the_same_shards(images, tiny_tokenize
 class OnTheGpu:
     """A tokeniser that would be on CUDA, and a Ray that takes it along and makes one worker."""
 
-    def __init__(self, device="cuda"):
-        self.asked, self.travelled = {}, ""
+    def __init__(self, device, cluster):
+        self.asked, self.travelled, self.ray = {}, "", []
+        self.data, self.cluster_resources = self, lambda: cluster
         self.to(device)
+
+    def init(self, ignore_reinit_error):
+        self.ray.append(ignore_reinit_error)
 
     def to(self, device):
         self.codebook = SimpleNamespace(codes=SimpleNamespace(device=torch.device(device)))
@@ -154,9 +158,9 @@ def test_rays_workers_get_a_gpu_each_and_the_tokeniser_without_one(
     folder, images, tmp_path, monkeypatch, device, gpus
 ):
     writer = CacheWriter(source(folder), images, tmp_path / "p", "tiny", per_shard=5)
-    writer.tokenizer = fake = OnTheGpu(device)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=fake))
-    monkeypatch.setitem(sys.modules, "ray.data", fake)
+    writer.tokenizer = fake = OnTheGpu(device, {"CPU": 2.0} | ({"GPU": 4.0} if gpus else {}))
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, fake)
     seen = []
     monkeypatch.setattr(
         writer, "write", lambda i: (seen.append((i, fake.codebook.codes.device.type)), [])
@@ -164,6 +168,20 @@ def test_rays_workers_get_a_gpu_each_and_the_tokeniser_without_one(
     assert len(list(writer.write_by_ray([0, 2]))) == 2
     assert (fake.travelled, fake.asked["num_gpus"]) == ("cpu", gpus)
     assert seen == [(0, device), (2, device)]
+    assert fake.codebook.codes.device.type == device  # back where it was
+    assert fake.ray == [True]
+
+
+def test_a_cluster_without_gpus_is_told_where_it_would_be_waited_for(
+    folder, images, tmp_path, monkeypatch
+):
+    writer = CacheWriter(source(folder), images, tmp_path / "p", "tiny", per_shard=5)
+    writer.tokenizer = fake = OnTheGpu("cuda", {"CPU": 2.0})
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    with pytest.raises(DataError, match="Ray's cluster has none: start its nodes with GPUs"):
+        next(writer.write_by_ray([0]))
+    assert fake.travelled == ""
 
 
 def test_a_cache_holds_the_latents_of_the_pictures_it_was_made_of(folder, images, cache):

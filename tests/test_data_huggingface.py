@@ -98,6 +98,12 @@ def test_rows_name_files_of_the_data_set_alone_and_labels_that_it_knows(datasets
         assert [r.cause for r in found[1:]] == ["no image", "no image", "no label"]
 
 
+def test_what_lies_here_has_no_revisions(table):
+    for place in ("t.parquet", "saved"):
+        with pytest.raises(DataError, match=rf"{place}: lies on this machine .* 'revision' \(v1\)"):
+            opened(table / place, revision="v1")
+
+
 def test_an_unreachable_hub_is_one_clear_error(datasets, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -13,12 +13,15 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet, table
 
 from mmrdpm import recipe, text_tokenizer, tree
 from mmrdpm.data import rows as data_rows
+from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.loader import Loader, merge_states
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.data.records import Indexed, Sharded, Text, shuffled
+from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import DataError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.vocabulary import Vocabulary
@@ -38,8 +41,25 @@ def write_tar(path, records):
             archive.addfile(member, io.BytesIO(content))
 
 
+def write_parquet(path, numbers):
+    """Pairs, one of them without a caption."""
+    rows = {
+        "image": [png((0, 0, i)) for i in numbers],
+        "caption": [f"row {i}" if i != 5 else None for i in numbers],
+    }
+    parquet.write_table(table(rows), path)
+
+
+def write_cache(pictures, image_tokenizer_folder, folder):
+    source = open_source("it", SourceConfig("folder", path=str(pictures)))
+    images = image_tokenizer.load(image_tokenizer_folder)
+    writer = CacheWriter(source, images, folder, "tiny", per_shard=10)
+    for shard in writer.missing():
+        writer.write(shard)
+
+
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tiny_tokenizers, tmp_path_factory):
     """The sources of a mixture of every kind of reading, some records broken."""
     root = tmp_path_factory.mktemp("data")
     (root / "pictures").mkdir()
@@ -55,11 +75,20 @@ def data(tmp_path_factory):
         write_tar(root / f"shard-{shard}.tar", records)
     segments = [{"text": "before"}, {"image": "pictures/03.png"}, {"text": "after " * 70}]
     (root / "mixed.jsonl").write_text(json.dumps({"segments": segments}))
+    write_parquet(root / "table.parquet", range(17))
+    (root / "stream").mkdir()
+    for shard in range(3):
+        write_parquet(root / "stream" / f"{shard}.parquet", range(shard, 12, 3))
+    write_cache(root / "pictures", tiny_tokenizers / "image", root / "cache")
+    tabular, stream = str(root / "table.parquet"), str(root / "stream" / "*.parquet")
     return {
-        "pictures": {"type": "folder", "path": str(root / "pictures"), "weight": 0.3},
-        "lines": {"type": "text", "path": str(root / "lines.jsonl"), "weight": 0.3},
-        "shards": {"type": "webdataset", "path": f"{root}/shard-{{0..2}}.tar", "weight": 0.3},
+        "pictures": {"type": "folder", "path": str(root / "pictures"), "weight": 0.2},
+        "lines": {"type": "text", "path": str(root / "lines.jsonl"), "weight": 0.2},
+        "shards": {"type": "webdataset", "path": f"{root}/shard-{{0..2}}.tar", "weight": 0.2},
         "mixed": {"type": "interleaved", "path": str(root / "mixed.jsonl"), "weight": 0.1},
+        "table": {"type": "huggingface", "path": tabular, "weight": 0.1},
+        "stream": {"type": "huggingface", "path": stream, "streaming": True, "weight": 0.1},
+        "cache": {"type": "cache", "path": str(root / "cache"), "weight": 0.1},
     }
 
 

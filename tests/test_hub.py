@@ -4,21 +4,25 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
 from fnmatch import fnmatch
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from local_hub import Hub
+from local_hub import Hub, commit
+from PIL import Image
 from test_pretrained import make_model, rows_of
 
 import mmrdpm
 from mmrdpm import hub, text_tokenizer
 from mmrdpm.errors import CheckpointError
-from mmrdpm.rdpm import published
+from mmrdpm.rdpm import image_tokenizer
+from mmrdpm.rdpm.published import PublishedConfig, fetch
 
 USER = """
 import pathlib, sys
@@ -46,27 +50,46 @@ def local(tmp_path):
 
 
 @contextmanager
-def user_of(there, *arguments):
+def user_of(there, *arguments, program=("-c", USER)):
     """A process that asks it, from a fresh home."""
     home = {"HF_ENDPOINT": there.url, "HF_HOME": str(there.root / "home")}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, "-c", USER, *map(str, arguments)]
+    command = [sys.executable, *program, *map(str, arguments)]
     ours = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     with subprocess.Popen(command, env={**ours, **home}, text=True, **pipes) as process:
         yield process
 
 
-def publish_texts(folder):
-    """A data set of two subsets, as the hub keeps them."""
+def publish_texts(folder, word="wanted"):
+    """A data set of two subsets, as the hub keeps them; `word` begins each text of the first."""
     from pyarrow import parquet, table
 
     for subset in ("wanted", "other"):
         (folder / subset).mkdir(parents=True)
         for shard in range(3):
-            texts = [f"{subset} {i} " + "red heart " * (i % 7) for i in range(shard, 90, 3)]
+            first = word if subset == "wanted" else subset
+            texts = [f"{first} {i} " + "red heart " * (i % 7) for i in range(shard, 90, 3)]
             parquet.write_table(table({"text": texts}), folder / subset / f"{shard}.parquet")
     configs = [{"config_name": s, "data_files": f"{s}/*"} for s in ("other", "wanted")]
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+
+
+OPENER = """
+import sys
+from mmrdpm.data.records import first_epoch
+from mmrdpm.data.sources import SourceConfig, open_source
+from mmrdpm.errors import MmrdpmError
+for streaming in (False, True):
+    for revision in sys.argv[1:]:
+        config = SourceConfig("huggingface", path="who/texts", subset="wanted",
+                              streaming=streaming, revision=revision)
+        try:
+            source = open_source("it", config)
+            texts = sorted(record.text for _, record in first_epoch(source, "0", 9))
+            print(source.fingerprint(), texts[0], sep="|")
+        except MmrdpmError as error:
+            print(error)
+"""
 
 
 def write_recipe(path):
@@ -118,14 +141,46 @@ def test_a_run_from_the_hub_keeps_its_text_and_goes_on_where_it_was(local, recip
 def test_of_a_published_autoencoder_no_halves_and_no_pickles_are_fetched(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(hub, "fetch", lambda *what: asked.append(what) or tmp_path)
-    config = published.PublishedConfig("who/pipeline", "vae")
+    config = PublishedConfig("who/pipeline", "vae")
     with pytest.raises(CheckpointError, match=r"vae: holds no config\.json"):
-        published.fetch(config)
+        fetch(config)
     ((name, files),) = asked
     assert name == "who/pipeline" and "vae/diffusion_pytorch_model.safetensors" in files
     for unwanted in ("fp16.safetensors", "bin"):
         unwanted = f"vae/diffusion_pytorch_model.{unwanted}"
         assert not any(fnmatch(unwanted, pattern) for pattern in files)
+
+
+def test_a_codebook_is_fitted_on_an_autoencoder_from_the_hub(local, published, tmp_path):
+    vae = tmp_path / "hub/models/who/pipeline/vae"
+    shutil.copytree(published / "AutoencoderKL", vae)
+    for unwanted in ("bin", "fp16.safetensors"):
+        (vae / f"diffusion_pytorch_model.{unwanted}").write_bytes(b"not to be touched")
+    (tmp_path / "data").mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"data/{i}.png")
+    autoencoder = {"diffusers": "who/pipeline", "subfolder": "vae", "image_size": 32}
+    mapping = {
+        "kind": "image",
+        "tokenizer": {"autoencoder": autoencoder, "num_timesteps": 3, "codebook_size": 16},
+        "data": {"sources": {"pictures": {"type": "folder", "path": str(tmp_path / "data")}}},
+        "train": {"batch_size": 4, "codebook_batch": 8, "threads": 1, "steps": 4,
+                  "decoder_share": 0.0, "statistics_images": 16},
+    }  # fmt: skip
+    (tmp_path / "codes.yaml").write_text(yaml.safe_dump(mapping))
+    program = ("-m", "mmrdpm", "tokenizer", "train")
+    with user_of(local, tmp_path / "codes.yaml", "--run", tmp_path / "run", program=program) as p:
+        _, told = p.communicate(timeout=120)
+    assert p.returncode == 0, told
+    fetched = [path for path in local.asked if "/resolve/" in path]
+    assert any(path.endswith("vae/diffusion_pytorch_model.safetensors") for path in fetched)
+    assert not [path for path in fetched if path.endswith((".bin", "fp16.safetensors"))]
+    local.close()
+    shutil.rmtree(tmp_path / "hub")
+    made = image_tokenizer.load(tmp_path / "run")  # holds all that it needs
+    assert made.config.autoencoder.diffusers == "who/pipeline"
+    assert made.config.autoencoder.sha256 and made.grid == (16, 16)
 
 
 def test_a_repository_without_what_is_asked_for_is_said(monkeypatch, tmp_path):
@@ -142,3 +197,30 @@ def test_waiting_is_told_once_an_outage(caplog):
     library.warning("Got disconnected. Retrying in 7sec [1/20]")
     again = "Got disconnected. Retrying in 7sec [1/20]"
     assert [r.getMessage() for r in caplog.records] == [again, again]
+
+
+def test_a_look_at_a_data_set_of_the_hub_fetches_no_more_than_it_shows(local, tmp_path):
+    publish_texts(tmp_path / "hub/datasets/who/texts")
+    program = ("-m", "mmrdpm", "data", "inspect")
+    with user_of(local, "who/texts", "subset=wanted", "--n", "4", program=program) as process:
+        said, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert "texts: 4, " in said and "problems: none" in said
+    fetched = {path for path in local.asked if path.endswith(".parquet")}
+    assert len(fetched) == 1, fetched
+
+
+def test_a_revision_is_read_and_belongs_to_the_place_in_the_data(local, tmp_path):
+    newest, old = (tmp_path / f"hub/datasets/who/texts{tag}" for tag in ("", "@old"))
+    publish_texts(newest)
+    publish_texts(old, word="old")
+    revisions = ["", "old", commit(old)]
+    with user_of(local, *revisions, "f" * 40, program=("-c", OPENER)) as process:
+        said, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    for way, size in ((said.splitlines()[:4], "90 rows"), (said.splitlines()[4:], "3 shards")):
+        now, tagged, exact, gone = way
+        assert now.split("|")[0] == f"who/texts, {size}" and "|wanted " in now
+        assert tagged.split("|")[0] == f"who/texts at {commit(old)}, {size}" and "|old " in tagged
+        assert tagged == exact
+        assert gone.startswith("who/texts: the hub did not give revision fff")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,17 +106,25 @@ def data_cache(options: argparse.Namespace) -> None:
     loaded = recipe.load(ModelRecipe, recipe_file(options.recipe, ("model",)), options.overrides)
     _check_names(loaded.data.sources)
     distributed.take_device()
-    writers = {
-        name: writer
-        for name, config in loaded.data.sources.items()
-        if config.type not in ("text", "glosses", "interleaved", "cache")
-        for writer in [_writer(open_source(name, config), loaded.tokenizers.image, options, name)]
-    }
+    pairs = dict(_pairs(loaded.data.sources))
+    writers = {n: _writer(s, loaded.tokenizers.image, options, n) for n, s in pairs.items()}
     if not writers:
         raise UsageError(f"{options.recipe}: none of its data.sources holds image-text pairs")
     for name, writer in writers.items():
         _fill(name, writer, options, loaded.data.max_broken_share)
         print(writer.folder)
+
+
+def _pairs(configs: Mapping[str, SourceConfig]) -> Iterator[tuple[str, Source]]:
+    """The sources of image-text pairs, opened; says of each other one that it is left out."""
+    for name, config in configs.items():
+        if config.type not in ("text", "glosses", "interleaved", "cache"):
+            source = open_source(name, config)
+            if not source.texts_only:
+                yield name, source
+                continue
+        if distributed.is_main():
+            print(f"{name}: left out, it holds no image-text pairs to encode", file=sys.stderr)
 
 
 def _writer(source: Source, tokenizer: str, options: argparse.Namespace, name: str) -> CacheWriter:

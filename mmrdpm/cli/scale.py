@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mmrdpm import recipe
 from mmrdpm.cli.common import Commands, command, count, recipe_file, recipe_options
@@ -21,6 +22,9 @@ def add(commands: Commands) -> None:
     p = command(commands, doctor_command, "doctor")
     p.add_argument("recipe", nargs="?", metavar="RECIPE", help="file, or name of a shipped recipe")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="as in train.lr=1e-3")
+    p.add_argument("--gpus", type=count, metavar="N", help="for a model; default: those here")
+    where = "where the run would go; default: here"
+    p.add_argument("--run", type=Path, default=Path("."), metavar="DIR", help=where)
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -39,8 +43,9 @@ def plan_command(options: argparse.Namespace) -> int:
 
 def doctor_command(options: argparse.Namespace) -> int:
     """Says what this machine can do, and whether a recipe can be trained on it."""
-    path = recipe_file(options.recipe, ("model", "image")) if options.recipe else None
-    found = list(examine(path, options.overrides))
+    kinds = ("model", "image", "text", "sweep", "peers")
+    path = recipe_file(options.recipe, kinds) if options.recipe else None
+    found = list(examine(path, options.overrides, options.gpus, options.run))
     for line in found:
         print(line)
     return int(any(line.trouble for line in found))

@@ -153,10 +153,10 @@ class CacheWriter:
     def write_by_ray(self, shards: Sequence[int]) -> Iterator[tuple[int, list[Broken]]]:
         """As `write`, shared out by Ray Data over a cluster whose nodes all see the folder.
 
-        Where the tokeniser is on CUDA each worker takes one GPU; here the tokeniser leaves it.
+        Where the tokeniser is on CUDA each worker takes one GPU.
 
         Raises:
-            DataError: Ray is not installed.
+            DataError: Ray is not installed, or its cluster has no GPU where this machine uses one.
         """
         try:
             import ray.data
@@ -164,16 +164,25 @@ class CacheWriter:
             raise DataError("--ray needs: pip install 'mmrdpm[ray]'") from None
 
         device = self.tokenizer.codebook.codes.device.type
+        ray.init(ignore_reinit_error=True)
+        if device == "cuda" and not ray.cluster_resources().get("GPU"):  # else it waits for ever
+            raise DataError(
+                "--ray: this machine encodes on a GPU, but Ray's cluster has none: start its nodes"
+                " with GPUs, or hide this one by CUDA_VISIBLE_DEVICES="
+            )
         self.tokenizer.cpu()  # travels so: where a worker starts, no GPU is known to be its own
-        rows = ray.data.from_items([{"shard": i} for i in shards]).map(
-            _RayWorker,
-            fn_constructor_args=(self, device),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(shards))),
-            num_gpus=1 if device == "cuda" else None,
-        )
-        for row in rows.iter_rows() if shards else ():
-            count, skipped = json.loads(row["made"])
-            yield count, [Broken(**broken) for broken in skipped]
+        try:
+            rows = ray.data.from_items([{"shard": i} for i in shards]).map(
+                _RayWorker,
+                fn_constructor_args=(self, device),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(shards))),
+                num_gpus=1 if device == "cuda" else None,
+            )
+            for row in rows.iter_rows() if shards else ():
+                count, skipped = json.loads(row["made"])
+                yield count, [Broken(**broken) for broken in skipped]
+        finally:
+            self.tokenizer.to(device)
 
     def _records(self, index: int) -> Iterator[Record]:
         if isinstance(self.source, Sharded):

@@ -162,8 +162,10 @@ def guess(path: str) -> SourceConfig:
         return SourceConfig("interleaved" if _has_segments(place) else "text", path=path)
     if place.suffix.lower() in (".txt", ".md"):
         return SourceConfig("text", path=path)
-    if place.exists() or _HUB_ID.fullmatch(path) or "*" in path:
+    if place.exists() or "*" in path:
         return SourceConfig("huggingface", path=path)
+    if _HUB_ID.fullmatch(path):  # a look needs a few records: else all are fetched first
+        return SourceConfig("huggingface", path=path, streaming=True)
     raise DataError(
         f"{path}: no such file or folder, and no hub id (OWNER/NAME), URL of .tar shards or"
         " recipe: correct it"
@@ -176,6 +178,8 @@ def _folder_type(folder: Path) -> Type:
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "huggingface"
     paths = list(islice(folder.rglob("*"), 10_000))
+    if not paths:
+        raise DataError(f"{folder}: the folder is empty: correct the path")
     found = {path.suffix.lower() for path in paths}
     if ".tar" in found:
         return "webdataset"

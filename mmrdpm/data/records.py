@@ -76,7 +76,13 @@ Record = Pair | Text | Interleaved | Broken
 
 
 class Source(ABC):
-    """A data set, read lane by lane without end, epoch after epoch."""
+    """A data set, read lane by lane without end, epoch after epoch.
+
+    Attributes:
+        texts_only: whether it is known to hold no pictures before it is read.
+    """
+
+    texts_only = False
 
     @abstractmethod
     def records(

@@ -31,7 +31,7 @@ class SourceConfig:
         image, caption, text, label: names of columns, JSON keys or archive members; empty for
             the type's usual names.
         template: makes captions of class labels, as in "a photo of a {label}".
-        subset, split, streaming: of a Hugging Face data set.
+        subset, split, streaming, revision: of a Hugging Face data set.
     """
 
     type: Type
@@ -45,6 +45,7 @@ class SourceConfig:
     subset: str = ""
     split: str = "train"
     streaming: bool = False
+    revision: str = ""
 
 
 _KEYS: dict[str, str] = {
@@ -54,7 +55,7 @@ _KEYS: dict[str, str] = {
     "text": "path text",
     "interleaved": "path",
     "webdataset": "path image caption label template",
-    "huggingface": "path image caption text label template subset split streaming",
+    "huggingface": "path image caption text label template subset split streaming revision",
     "cache": "path",
 }
 
@@ -109,4 +110,4 @@ def _open(config: SourceConfig) -> Source:
         case "cache":
             return CachedLatents(c.path)
     columns = {"image": c.image, "caption": c.caption, "text": c.text, "label": c.label}
-    return open_dataset(c.path, c.subset, c.split, c.streaming, columns, c.template)
+    return open_dataset(c.path, c.subset, c.split, c.streaming, columns, c.template, c.revision)

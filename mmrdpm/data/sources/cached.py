@@ -61,7 +61,10 @@ def read_manifest(folder: Path) -> Manifest:
         mapping = json.loads(path.read_text(encoding="utf-8"))
         return recipe.from_dict(Manifest, mapping, str(path))
     except OSError as error:
-        raise DataError(f"{folder}: no latent cache ({MANIFEST}: {error.strerror})") from None
+        raise DataError(
+            f"{folder}: no latent cache ({MANIFEST}: {error.strerror}): name the folder of one"
+            " source that mmrdpm data cache wrote"
+        ) from None
     except (ValueError, RecipeError) as error:
         raise DataError(f"{path}: damaged: {error}: make the cache anew") from None
 

@@ -30,6 +30,8 @@ class EmojiPairs(Indexed):
 class Glosses(Indexed):
     """The definitions, one a record."""
 
+    texts_only = True
+
     def __init__(self) -> None:
         self.texts = load_glosses()
 

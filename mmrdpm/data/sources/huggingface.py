@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _USUAL = {
     "text": ("text", "content"),
     "label": ("label", "cls", "class"),
 }
+_COMMIT = re.compile("[0-9a-f]{40}")
 _AT_ONCE = 16  # rows of a stream
 _BUILDERS = {
     ".parquet": "parquet",
@@ -38,6 +40,7 @@ def open_dataset(
     streaming: bool = False,
     columns: Mapping[str, str] | None = None,
     template: str = "",
+    revision: str = "",
 ) -> Source:
     """A data set as a source: of image-text pairs if it has an image column, else of texts.
 
@@ -46,6 +49,7 @@ def open_dataset(
             folder written by `save_to_disk`.
         columns: names of the columns for image, caption, text and label; "" for the usual ones.
         template: makes captions of class labels.
+        revision: commit, tag or branch of a data set on the hub, "" for its newest.
 
     Raises:
         DataError: `datasets` is not installed, the data cannot be reached or read, or a column is
@@ -58,17 +62,29 @@ def open_dataset(
             "Hugging Face data sets need the extra: pip install 'mmrdpm[data]'"
         ) from None
     hub.quieten()
+    if revision and _local_folders(path):
+        raise DataError(
+            f"{path}: lies on this machine and has no revisions: leave out the source's key"
+            f" 'revision' ({revision})"
+        )
+    commit = ""
     try:
-        data = _load(datasets, path, subset, split, streaming)
+        if revision:
+            data, commit = _load_revision(datasets, path, subset, split, streaming, revision)
+        else:
+            data = _load(datasets, path, subset, split, streaming)
         names = list(data.column_names or (data.features or {}))
         if not names:  # a stream without a schema shows its columns in its first record
             names = list(next(iter(data), {}))
     except DataError:
         raise
     except Exception as error:  # the library passes on whatever its readers and clients raise
-        mend = "check name, subset, split, network, rights (hf auth login), or give a local copy"
+        mend = (
+            "check name, subset, split, revision, network, rights (hf auth login), or give a local"
+            " copy"
+        )
         raise _fault(path, "the data set could not be opened", error, mend) from None
-    return _arrange(datasets, data, names, path, dict(columns or {}), template)
+    return _arrange(datasets, data, names, path, dict(columns or {}), template, commit)
 
 
 def _fault(path: str, what: str, error: Exception, mend: str) -> DataError:
@@ -102,6 +118,23 @@ def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) ->
     return datasets.load_dataset(path, subset or None, split=split, streaming=streaming)
 
 
+def _load_revision(
+    datasets: Any, path: str, subset: str, split: str, streaming: bool, revision: str
+) -> tuple[Any, str]:
+    """A data set on the hub as it was at a revision, and which commit that is."""
+    builder = datasets.load_dataset_builder(path, subset or None, revision=revision)
+    commit = str(builder.hash)
+    if _COMMIT.fullmatch(revision) and commit != revision:
+        raise DataError(  # without the hub, the library takes whatever it has in its cache
+            f"{path}: the hub did not give revision {revision}, and the cache holds {commit}: see"
+            " to the network, or name that one"
+        )
+    if streaming:
+        return builder.as_streaming_dataset(split), commit
+    builder.download_and_prepare()
+    return builder.as_dataset(split), commit
+
+
 def _arrange(
     datasets: Any,
     data: Any,
@@ -109,6 +142,7 @@ def _arrange(
     path: str,
     columns: dict[str, str],
     template: str,
+    commit: str,
 ) -> Source:
     chosen: dict[str, str] = {}
     for role, usual in _USUAL.items():
@@ -130,7 +164,7 @@ def _arrange(
         data = data.cast_column(image, datasets.Image(decode=False))
     kept = [chosen[role] for role in (needed, "image") if role in chosen]
     caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)]
-    reader = _Reader(path, chosen, needed, features.get(chosen[needed]), template, caches)
+    reader = _Reader(path, chosen, needed, features.get(chosen[needed]), template, caches, commit)
     data = data.select_columns(kept)
     if isinstance(data, datasets.IterableDataset):
         return Stream(data, reader)
@@ -156,8 +190,10 @@ class _Reader:
         feature: Any,
         template: str,
         caches: list[Path],
+        commit: str,
     ) -> None:
         self.path, self.columns, self.needed = path, columns, needed
+        self.place = f"{path} at {commit}" if commit else path
         self.template = template
         self.label_names = getattr(feature, "names", None)
         self.folders = [*_local_folders(path), *caches]
@@ -198,7 +234,7 @@ class Table(Indexed):
     """A data set that lies in Arrow files, read by row number."""
 
     def __init__(self, data: Any, reader: _Reader) -> None:
-        self.data, self.reader = data, reader
+        self.data, self.reader, self.texts_only = data, reader, reader.needed == "text"
         if not len(data):
             raise DataError(f"{reader.path}: the data set is empty")
 
@@ -209,7 +245,7 @@ class Table(Indexed):
         return self.reader.record(index, self.data[index])
 
     def fingerprint(self) -> str:
-        return f"{self.reader.path}, {len(self)} rows"
+        return f"{self.reader.place}, {len(self)} rows"
 
 
 def _rows(part: Any) -> Iterator[dict[str, Any]]:
@@ -223,7 +259,7 @@ class Stream(Sharded):
     """A streaming data set, read shard by shard."""
 
     def __init__(self, data: Any, reader: _Reader) -> None:
-        self.data, self.reader = data, reader
+        self.data, self.reader, self.texts_only = data, reader, reader.needed == "text"
 
     def num_shards(self) -> int:
         return self.data.num_shards
@@ -240,7 +276,7 @@ class Stream(Sharded):
             raise _fault(str(self), f"shard {index} could not be read", error, mend) from None
 
     def fingerprint(self) -> str:
-        return f"{self.reader.path}, {self.num_shards()} shards"
+        return f"{self.reader.place}, {self.num_shards()} shards"
 
     def __str__(self) -> str:
         return self.reader.path

@@ -18,6 +18,8 @@ class TextFiles(Indexed):
         DataError: there are no such files.
     """
 
+    texts_only = True
+
     def __init__(self, path: str, key: str = "") -> None:
         paths = find(path, frozenset({".txt", ".md", ".jsonl"}))
         self.text_key = key or "text"

@@ -9,16 +9,18 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mmrdpm.data.lines import MAX_BYTES
 from mmrdpm.data.records import DAMAGED_SHARD, Broken, Pair, Record, Sharded
+from mmrdpm.data.sources.download import Download
 from mmrdpm.data.sources.files import IMAGE_SUFFIXES, find
 from mmrdpm.data.sources.folder import captions_of
 from mmrdpm.errors import DataError
 
 _Members = dict[str, bytes]
 
+_HTTP = re.compile("https?://", re.IGNORECASE)
 _STATUS = re.compile(r": exit (-?\d+) \(read\)")  # in what webdataset raises
 _LONGEST_NAME = 2**20  # bytes of a header that holds a name or attributes
 _NAMES = (
@@ -51,7 +53,7 @@ class Shards(Sharded):
             raise DataError(
                 "webdataset shards need the extra: pip install 'mmrdpm[data]'"
             ) from None
-        self._open = gopen
+        self._gopen = gopen
         self.image, self.label, self.template = image.lower(), label.lower() or "cls", template
         self.caption = caption if caption.startswith("json.") else caption.lower() or "txt"
         try:
@@ -69,7 +71,7 @@ class Shards(Sharded):
         """The records of one archive; a damaged one ends with a broken record."""
         url = self.urls[index]
         try:
-            stream = self._open(url)
+            stream = Download(url) if _HTTP.match(url) else self._gopen(url)
         except OSError as error:
             raise _unreachable(url, error) from None
         except ValueError as error:  # a kind of address that the library does not know
@@ -86,7 +88,7 @@ class Shards(Sharded):
             with suppress(OSError):  # of a command that was not read to its end
                 stream.close()
 
-    def _records(self, url: str, stream: IO[bytes]) -> Iterator[Record]:
+    def _records(self, url: str, stream: Any) -> Iterator[Record]:
         name, members = "", _Members()
         suffixes: list[str] = []  # of all members, for who has named the wrong ones
         faults: list[Broken] = []
@@ -196,7 +198,7 @@ def _check_end(archive: tarfile.TarFile) -> None:
             raise tarfile.ReadError("more follows behind its end mark")
 
 
-def _drain(stream: IO[bytes]) -> None:
+def _drain(stream: Any) -> None:
     """Reads to the end; raises OSError if the archive is cut because its transfer failed."""
     while stream.read(1 << 20):
         pass
@@ -208,13 +210,13 @@ def _unreachable(url: str, error: OSError) -> DataError:
         return DataError(
             f"{url}: is read by curl, which is not here: install it, or use pipe:COMMAND"
         )
-    command, mend = "curl", "check the address and the network"
+    mend = "check the address and the network"
     if url.startswith("pipe:"):
-        command, mend = "the command", "check what it reads"
+        mend = "check what it reads"
     elif "://" not in url:
         mend = "put the file back, look at its rights and the disk"
     status = _STATUS.search(str(error))
-    why = f"{command} ended with status {status[1]}" if status else error.strerror or error
+    why = f"the command ended with status {status[1]}" if status else error.strerror or error
     return DataError(
         f"{url}: the shard could not be read ({why}): {mend}; a run then goes on with --resume"
     )
