@@ -23,10 +23,11 @@ NO_NOISE = ("trajectory=residual", "num_timesteps=3", "codebook_size=8192")
 FIXED = (  # what has a use only where the noise is new at every sight
     *("ours.ffn=364", "ours.noise_pool=1", "ours.preconditioning=false", "ours.places=false"),
     *("ours.soft_labels=0", "ours.steps_per_image=4", "ours.batch_size=32"),
-    *("ours.sees_start_noise=true", "ours.expected_steps=0"),
+    *("ours.sees_start_noise=true", "ours.expected_steps=0", "ours.codes_apart=false"),
 )
 OF_4096 = "ours.ffn=592"  # the table of 4,096 codes takes from the layers
 SEEN, DRAWN = "ours.sees_start_noise=true", "ours.expected_steps=0"
+AMONG_ALL = "ours.codes_apart=false"
 
 
 def grid(scales: str, temperatures: str = "0.4") -> tuple[str, str]:
@@ -37,21 +38,25 @@ def grid(scales: str, temperatures: str = "0.4") -> tuple[str, str]:
 # name: peer, codes of its own or None, and what it is learned and judged with
 ROWS: dict[str, tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = {
     "masked": ("masked", None, grid("1.0,1.5,2.0")),
-    "ours-seen-four": ("ours", FOUR, (OF_4096, SEEN, *grid("1.0,1.25,1.5"))),
-    "ours-blind-four": ("ours", FOUR, (OF_4096, *grid("1.0,1.25,1.5"))),
+    "ours-apart-four": ("ours", FOUR, (OF_4096, *grid("1.0,1.25,1.5"))),
+    "ours-seen-four": ("ours", FOUR, (OF_4096, AMONG_ALL, SEEN, *grid("1.0,1.25,1.5"))),
+    "ours-blind-four": ("ours", FOUR, (OF_4096, AMONG_ALL, *grid("1.0,1.25,1.5"))),
     "scales-four-levels": ("scales", None, ("equal.levels=4", *grid("1.0,1.5,2.0", "0.2,0.4"))),
     "ours-blind-five": (
         *("ours", FIVE),
-        (OF_4096, "ours.expected_steps=3", *grid("1.0,1.5,2.0", "0.2")),
+        (OF_4096, AMONG_ALL, "ours.expected_steps=3", *grid("1.0,1.5,2.0", "0.2")),
     ),
     "ours-no-noise-three": ("ours", NO_NOISE, (*FIXED, *grid("1.0,1.5", "0.2,0.4"))),
     "causal-flow": ("causal_flow", None, ("causal_flow.steps=[10]", *grid("1.5,2.0,4.0"))),
     "raster-four-levels": ("raster", None, ("equal.levels=4", *grid("1.0,1.5", "0.1,0.2"))),
     "raster": ("raster", None, grid("1.0,1.5", "0.1,0.2,0.4")),
     "flow": ("flow", None, ("flow.steps=[10]", *grid("1.5,2.0,4.0"))),
-    "ours-blind-ten": ("ours", None, grid("1.0,1.25,1.5")),
-    "ours-seen-five-drawn": ("ours", FIVE, (OF_4096, SEEN, DRAWN, *grid("1.5,2.0", "0.2,0.4"))),
-    "ours-seen-ten-drawn": ("ours", None, (SEEN, DRAWN, *grid("1.5,2.0", "0.2,0.4"))),
+    "ours-blind-ten": ("ours", None, (AMONG_ALL, *grid("1.0,1.25,1.5"))),
+    "ours-seen-five-drawn": (
+        *("ours", FIVE),
+        (OF_4096, AMONG_ALL, SEEN, DRAWN, *grid("1.5,2.0", "0.2,0.4")),
+    ),
+    "ours-seen-ten-drawn": ("ours", None, (AMONG_ALL, SEEN, DRAWN, *grid("1.5,2.0", "0.2,0.4"))),
     "transfusion": ("transfusion", None, ("transfusion.steps=[50]", *grid("1.5,2.0,4.0"))),
 }
 

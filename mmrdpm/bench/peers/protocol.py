@@ -166,6 +166,7 @@ class PeerBench:
             places=True,
             sees_start_noise=False,
             soft_labels=2.0,
+            codes_apart=True,
             expected_steps=10,
         )
     )
