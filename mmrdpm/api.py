@@ -243,6 +243,8 @@ class Model:
     def score(self, image: Image.Image, text: str) -> float:
         """`log p(text | image)` in nats, exact, with the end of the text; at most 0.
 
+        Among all ids that are no code, of which no text has any.
+
         Raises:
             UsageError: the text is longer than the context.
         """

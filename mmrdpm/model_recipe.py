@@ -121,11 +121,6 @@ class ModelRecipe:
                 "train.soft_labels compares codes by their vectors, which the model knows by"
                 " model.code_geometry alone: set that to true, or soft_labels to 0"
             )
-        if self.train.codes_apart and not self.model.code_geometry:
-            raise RecipeError(
-                "train.codes_apart asks which ids are codes, which the model knows by"
-                " model.code_geometry alone: set that to true, or codes_apart to false"
-            )
 
 
 def may_change(run: Path, resolved: ModelRecipe) -> frozenset[str]:

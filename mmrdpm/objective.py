@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,27 +66,25 @@ def loss(
             Needs `code_geometry`.
         codes_apart: whether codes are scored among the codes alone, and text among all that is no
             code, which spares the products with what cannot stand there; else all among all.
-            Needs `code_geometry`.
         divisor: the summed weights of the whole batch where these rows are only a part of it.
     """
     learned = packed.targets != NO_TARGET
     hidden = model(packed)[learned]
     timesteps = packed.timesteps[learned]
-    targets = packed.targets[learned]
-    labels = (timesteps, targets, packed.residuals[learned])
-    size = PARTS.get(hidden.device.type, PARTS["cuda"])
-    scored, order = [], []
-    everything = [(slice(None), slice(None), soft_labels)]
-    kinds = _kinds(model, timesteps, soft_labels) if codes_apart else everything
-    for chosen, ids, softness in kinds:
-        states, steps, wanted, residuals = (each[chosen] for each in (hidden, *labels))
-        how = (model.code_features, softness, z_weight, model.scored(ids))
-        columns = (states, steps, wanted - (ids.start or 0), residuals)
-        parts = zip(*(each.split(size) for each in columns), strict=True)
-        scored += [model.once_or_twice(score, *how, *part) for part in parts]
-        order.append(steps)
-    per_token, wanted, squared_z = (torch.cat(column) for column in zip(*scored, strict=True))
-    timesteps = torch.cat(order)
+    columns = (hidden, timesteps, packed.targets[learned], packed.residuals[learned])
+    how = (model, z_weight)
+    if codes_apart:
+        first, among_codes = model.code_ids.start, timesteps > 0
+        codes, text = (kind.nonzero()[:, 0] for kind in (among_codes, ~among_codes))
+        of_codes = _scored(*how, model.code_ids, soft_labels, [x[codes] for x in columns])
+        of_text = _scored(*how, slice(0, first), 0.0, [x[text] for x in columns])
+        back = torch.cat([codes, text]).argsort()  # to the order of positions
+        per_token, wanted, squared_z = (
+            torch.cat(pair)[back] for pair in zip(of_codes, of_text, strict=True)
+        )
+    else:
+        everything = slice(0, model.code_ids.stop)
+        per_token, wanted, squared_z = _scored(*how, everything, soft_labels, columns)
     weights = _weights(timesteps, text_weight)
     if divisor is None:
         divisor = weights.sum()
@@ -107,7 +106,8 @@ def score(
     """Of every target: its cross-entropy, that of what is learned, the squared log-partition.
 
     Args:
-        rows: of all ids, see `Transformer.scored`.
+        rows: of the ids that each is scored among, see `Transformer.scored`; `targets` count from
+            the first of them.
     """
     logits = linear(hidden[:, : rows.shape[1]], rows).float()
     squared_z = logits.logsumexp(-1).square() if z_weight else logits.new_zeros(len(targets))
@@ -123,12 +123,20 @@ def score(
     return exact, torch.where(timesteps > 0, soft, exact), squared_z
 
 
-def _kinds(
-    model: Transformer, timesteps: Tensor, soft_labels: float
-) -> list[tuple[Tensor, slice, float]]:
-    """Of codes and of text: which targets, the ids they are scored among, how soft their labels."""
-    codes = model.code_ids
-    return [(timesteps > 0, codes, soft_labels), (timesteps < 0, slice(0, codes.start), 0.0)]
+def _scored(
+    model: Transformer, z_weight: float, ids: slice, soft_labels: float, columns: Sequence[Tensor]
+) -> list[Tensor]:
+    """What `score` gives of some targets among some ids, part by part.
+
+    Args:
+        columns: hidden states, timesteps, targets and residuals.
+    """
+    hidden, timesteps, targets, residuals = columns
+    size = PARTS.get(hidden.device.type, PARTS["cuda"])
+    how = (model.code_features, soft_labels, z_weight, model.scored(ids))
+    each = (x.split(size) for x in (hidden, timesteps, targets - ids.start, residuals))
+    parts = [model.once_or_twice(score, *how, *part) for part in zip(*each, strict=True)]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _weights(timesteps: Tensor, text_weight: float) -> Tensor:

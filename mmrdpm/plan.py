@@ -275,7 +275,7 @@ def _exchanged(
     """
     total, outside = sum(p.numel() for p in model.parameters()), _outside(model)
     by_muon = sum(p.numel() for p in _matrices(loaded, model))
-    narrow, copies = dtype.itemsize, gpus // parts
+    narrow, copies = dtype.itemsize, gpus / parts
     shard, all_but_own = (parts - 1) / parts, (gpus - 1) / gpus
     gathered = shard * (2 * narrow * (total - outside) + 4 * outside)
     scattered = shard * 4 * total

@@ -205,6 +205,7 @@ class Transformer(nn.Module):
         if config.preconditioning:
             self.precision = nn.Linear(config.width, 1, bias=False)
             self.precisions = nn.Embedding(num_timesteps + 1, 1)
+        self.code_ids = slice(vocab_size, vocab_size)  # the last of all, see `know_codes`
         self.register_buffer("code_features", None, persistent=False)
         self.register_buffer("code_vectors", None, persistent=False)
         self.register_buffer("estimates", None, persistent=False)
@@ -229,6 +230,8 @@ class Transformer(nn.Module):
         memory, calls this. Tables per timestep count by the mean of those that have a code; rows of
         zeros are codes that a table lacks.
         """
+        size = self.code_ids.stop
+        self.code_ids = slice(size - codes.shape[1], size)
         if self.config.code_geometry:
             having = codes.any(-1, keepdim=True).sum(0).clamp(min=1)
             vectors = codes.float().sum(0) / having
@@ -341,13 +344,6 @@ class Transformer(nn.Module):
         """Hidden states, as `run` gives them, -> scores of token ids `[..., V]` or only of some."""
         rows = self.scored(ids)
         return linear(hidden[..., : rows.shape[1]], rows)
-
-    @property
-    def code_ids(self) -> slice:
-        """The ids of the codes, the last of all; with `code_geometry`."""
-        assert self.code_features is not None
-        size = len(self.table.weight)
-        return slice(size - len(self.code_features), size)
 
     def scored(self, ids: slice = slice(None)) -> Tensor:
         """The rows of token ids whose products with hidden states are their scores."""

@@ -67,13 +67,14 @@ def test_the_score_is_the_likelihood_of_every_continuation(model):
     end = np.exp(model.score(image, ""))
     before, segment, after = model._looked_at(image)
     row = pack([[[before, segment, after]]], 7, model.vocabulary, 4)
-    logits = model.transformer.logits(model.transformer(row))[0, -1].double()
+    texts = slice(model.vocabulary.code_offset)  # no code is ever written
+    logits = model.transformer.logits(model.transformer(row), texts)[0, -1].double()
     probabilities = logits.softmax(-1)
     assert end == pytest.approx(probabilities[model.vocabulary.eos].item(), rel=1e-4)
     token = model.texts.encode("a")[0]
     longer = [before, segment, TextSegment((*after.token_ids, token))]
     row = pack([[longer]], 8, model.vocabulary, 4)
-    then = model.transformer.logits(model.transformer(row))[0, -1].double().softmax(-1)
+    then = model.transformer.logits(model.transformer(row), texts)[0, -1].double().softmax(-1)
     expected = probabilities[token].log() + then[model.vocabulary.eos].log()
     assert model.score(image, "a") == pytest.approx(expected.item(), rel=1e-4)
 

@@ -140,7 +140,9 @@ def test_the_matrix_of_scores_holds_the_models_own(model, real):
 def test_bits_per_byte_of_a_uniform_model_follow_from_the_vocabulary(model):
     found = likelihood.bits_per_byte(flat(model), ["pizza", "é"], "two texts")
     tokens = sum(len(model.texts.encode(text)) + 1 for text in ("pizza", "é"))
-    assert found.value == pytest.approx(tokens * math.log2(model.vocabulary.size) / 7, rel=1e-5)
+    assert found.value == pytest.approx(
+        tokens * math.log2(model.vocabulary.code_offset) / 7, rel=1e-5
+    )
 
 
 def flat(model) -> Model:
@@ -154,7 +156,7 @@ def flat(model) -> Model:
 def test_the_loss_of_a_uniform_model_is_the_same_at_every_timestep(model, real):
     found = likelihood.loss_per_timestep(flat(model), real[:2], NAMES[:2], seed=0)
     assert [figure.name for figure in found] == [f"loss at timestep {t}" for t in (3, 2, 1)]
-    assert [f.value for f in found] == pytest.approx([math.log(model.vocabulary.size)] * 3)
+    assert [f.value for f in found] == pytest.approx([math.log(model.vocabulary.codebook_size)] * 3)
 
 
 # Suites
@@ -264,6 +266,8 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     figures = results.load(tmp_path / "d").figures
     assert {f.name.split("/")[1] for f in figures} == {"pictures"} and figures[0].count == 3
     assert_mistake(run("eval", tiny_run, *mine, "images=nowhere"), "nowhere")
+    grouped = (*mine, "groups=[held-out concepts]")
+    assert_mistake(run("eval", tiny_run, *grouped), "groups are those of the emoji")
     protocols = [figure.protocol for figure in results.load(tmp_path / "a").figures]
     keys = {"evaluator", "data_sha256", "count", "seed", "resolution"}
     assert all(keys <= set(p) for p in protocols)

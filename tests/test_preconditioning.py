@@ -23,6 +23,7 @@ from mmrdpm.rdpm.estimates import coefficients, estimates
 from mmrdpm.rdpm.schedule import Schedule
 from mmrdpm.rdpm.trajectory import make_trajectory, walk
 from mmrdpm.sampling.image import Guided, Request, sample_images
+from mmrdpm.sampling.text import text_log_likelihood
 from mmrdpm.sweep.information import information
 from mmrdpm.text_tokenizer import load as load_text
 from mmrdpm.train_model import Trainer, train
@@ -220,13 +221,26 @@ def test_codes_apart_are_scored_among_themselves_and_text_among_the_rest(images)
     found = loss(model, row, text_weight=0.5, soft_labels=0.8, codes_apart=True)
     total = (0.5 * text.sum() - (wanted * log_p).sum()) / (0.5 * 2 + 8)
     torch.testing.assert_close(found.total, total)
-    torch.testing.assert_close(found.per_token, torch.cat([exact, text]))
-    assert found.timesteps.tolist() == [3] * 4 + [1] * 4 + [-1] * 2
+    torch.testing.assert_close(found.per_token, torch.cat([text, exact]))
+    assert found.timesteps.tolist() == [-1] * 2 + [3] * 4 + [1] * 4
     hard = loss(model, row, z_weight=0.1, codes_apart=True)
     squared = sum(
         part.logsumexp(-1).square().sum() for part in (logits[3:11, first:], logits[:2, :first])
     )
     torch.testing.assert_close(hard.total, (exact.sum() + text.sum() + 0.1 * squared) / 10)
+
+
+def test_text_is_judged_among_what_is_no_code(images):
+    """As it is written: by codes apart the scores of codes at text positions are never learned."""
+    model = make_model(images)
+    v = Vocabulary(text_size=10, codebook_size=16)
+    row = pack([[[TextSegment((v.bos, 3, 4, v.eos))]]], 4, v, 4)
+    found = text_log_likelihood(model, row, 2)
+    with torch.no_grad():
+        among_all = model.logits(model(row))[0, 1:3].double().log_softmax(-1)
+        model.table.weight[v.code_offset :] += 0.5
+    assert text_log_likelihood(model, row, 2) == pytest.approx(found, abs=1e-6)
+    assert found > among_all[[0, 1], [4, v.eos]].sum() + 0.1
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -262,7 +276,6 @@ def test_what_does_not_go_together_is_refused(tiny_recipe, tiny_tokenizers, tmp_
     refused("it needs code_geometry", "model.preconditioning=true")
     refused("needs norm_inputs", "model.places=true", "model.norm_inputs=false")
     refused("soft_labels compares codes by their vectors", "train.soft_labels=1.0")
-    refused("codes_apart asks which ids are codes", "train.codes_apart=true")
     old = image_tokenizer.load(tiny_tokenizers / "image")
     per_step = image_tokenizer.ImageTokenizer(replace(old.config, per_step_codebook=True))
     per_step.save(tmp_path / "per-step")

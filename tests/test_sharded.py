@@ -182,9 +182,6 @@ def test_adamw_on_shards_has_the_losses_of_one_process(shared_recipe, tmp_path):
     expected = losses(tmp_path / "one")
     assert len({step for step, _ in expected}) == 6
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
-    ours, theirs = (weights.load(checkpoint.newest(tmp_path / r))[0] for r in ("two", "one"))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ import yaml
 from mmrdpm import recipe, shipped
 from mmrdpm.cli import main, sweeping
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
+from mmrdpm.evaluation.figure import digest
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.sweep import information, plots, spec
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import report, results_table
-from mmrdpm.sweep.run import count_flops, recipe_sha256, run_sweep
+from mmrdpm.sweep.run import _BESIDE, count_flops, recipe_sha256, run_sweep
 from mmrdpm.tokenizer_trainer import TokenizerTrainer
 from mmrdpm.train_model import Trainer
 
@@ -238,6 +239,18 @@ def test_the_lines_in_docs_are_of_the_recipes_as_they_are():
             assert {line["recipe_sha256"] for line in own} <= {sha256}, variant.name
             seen |= {line["variant"] for line in own}
     assert seen == {line["variant"] for line in lines}
+
+
+def test_what_came_later_is_of_a_recipe_only_where_it_is_set(tiny_recipe):
+    def of(*overrides):
+        return recipe_sha256(recipe.load(ModelRecipe, tiny_recipe, overrides))
+
+    hub = "data.sources={pages: {type: huggingface, path: who/texts, revision: %s}}"
+    assert len({of(), of("train.codes_apart=true"), of(hub % "v1"), of(hub % "''")}) == 4
+    loaded = recipe.load(ModelRecipe, tiny_recipe, [hub % "''"])
+    before = {k: v for k, v in recipe.to_dict(loaded).items() if k not in _BESIDE}
+    del before["train"]["codes_apart"], before["data"]["sources"]["pages"]["revision"]
+    assert digest(before) == recipe_sha256(loaded)
 
 
 def test_a_table_refuses_lines_of_different_judges(tiny_sweep, tmp_path):

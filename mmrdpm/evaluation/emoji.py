@@ -228,7 +228,7 @@ class EmojiEvaluation:
     def bits_per_byte(self) -> list[Figure]:
         """Of texts from a file, or of the embedded definitions."""
         path = self.suite.texts
-        data = path or "embedded WordNet definitions, which training shows"
+        data = Path(path).name if path else "embedded WordNet definitions, which training shows"
         figure = likelihood.bits_per_byte(self.model, self._texts, data)
         kind = Path(path).stem if path else "definitions"
         return [replace(figure, name=f"text/{kind}/{figure.name}")]

@@ -36,7 +36,7 @@ def retrieval(model: Model, pictures: Pictures, texts: Sequence[str]) -> tuple[F
     scores = score_matrix(model, pictures, texts)
     right = torch.arange(len(pictures))
     protocol = {
-        "evaluator": "log p(text | image) of the model itself",
+        "evaluator": "log p(text | image) of the model itself, codes left out",
         "data_sha256": digest_of_pictures(pictures, texts),
         "count": len(pictures),
         "codes_seed": 0,
@@ -81,7 +81,7 @@ def bits_per_byte(model: Model, texts: Sequence[str], data: str) -> Figure:
 
     value = ratio(np.arange(len(texts)))
     protocol = {
-        "evaluator": "log p(text) of the model itself",
+        "evaluator": "log p(text) of the model itself, codes left out",
         "data": data,
         "data_sha256": digest(list(texts)),
         "count": len(texts),
@@ -135,7 +135,7 @@ def loss_per_timestep(
         [row[-len(steps) * positions :] for row in _per_document(model, documents)]
     ).reshape(len(pictures), len(steps), positions)
     protocol = {
-        "evaluator": "cross-entropy of the model itself",
+        "evaluator": "cross-entropy of the model itself, among the codes",
         "data_sha256": digest_of_pictures(pictures, texts),
         "count": len(pictures),
         "seed": seed,
@@ -182,7 +182,8 @@ def _losses(model: Model, documents: Sequence[Document]) -> Losses:
         tokenizer.latent_channels,
         len(tokenizer.grid),
     )
-    return loss(model.transformer, packed.to(model.transformer.table.weight.device))
+    device = model.transformer.table.weight.device
+    return loss(model.transformer, packed.to(device), codes_apart=True)  # as pictures are drawn
 
 
 def _chunks(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:

@@ -13,6 +13,8 @@ from mmrdpm.data.pictures import contact_sheet
 from mmrdpm.evaluation.figure import Figure
 from mmrdpm.metrics.features import MissingEvaluator
 
+_LARGE = 128  # pixels a side, from which on pictures are shown as they are
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -33,7 +35,8 @@ def strips(
     """The way of each picture from noise, a row each."""
     pairs = zip(prompts, seeds, strict=True)
     rows = [model.trace(prompt, seed, guidance_scale=guidance_scale) for prompt, seed in pairs]
-    return Shown(f"From noise, step by step: {', '.join(prompts)}", contact_sheet(rows, 2))
+    scale = 2 if model.images.image_size < _LARGE else 1
+    return Shown(f"From noise, step by step: {', '.join(prompts)}", contact_sheet(rows, scale))
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,11 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Suite:
         raise RecipeError(f"{path}: kind is {kind!r}: choose one of {', '.join(SCHEMAS)}")
     suite = recipe.from_dict(SCHEMAS[kind], mapping, str(path))
     _known(suite.metrics, suite.KNOWN, f"{path}: metrics")
+    if isinstance(suite, TokenizerSuite) and suite.images and suite.groups != tuple(GROUPS):
+        raise RecipeError(
+            f"{path}: groups are those of the emoji, which images={suite.images} takes the place"
+            " of: leave one of them out"
+        )
     if isinstance(suite, EmojiSuite | TokenizerSuite):
         _known(suite.groups, tuple(GROUPS), f"{path}: groups")
     scales = getattr(suite, "guidance_scales", ())

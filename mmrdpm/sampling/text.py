@@ -67,7 +67,10 @@ def by_run(
 
 @torch.inference_mode()
 def text_log_likelihood(model: Transformer, packed: Packed, count: int) -> float:
-    """`log p` in nats of the last `count` tokens of one unpadded row, given all before them."""
+    """`log p` in nats of the last `count` tokens of one unpadded row, given all before them.
+
+    Among all ids that are no code, of which no text has any.
+    """
     hidden = model(packed)[0, -count - 1 : -1]
-    log_p = model.logits(hidden).double().log_softmax(-1)
+    log_p = model.logits(hidden, slice(model.code_ids.start)).double().log_softmax(-1)
     return log_p.gather(-1, packed.token_ids[0, -count:, None]).sum().item()

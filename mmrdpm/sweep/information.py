@@ -91,13 +91,14 @@ class JointHead(nn.Module):
 
 
 def text_loss(model: Model, batches: int, seed: int) -> float:
-    """Nats per token of the embedded texts."""
+    """Nats per token of the embedded texts, among all ids that are no code."""
     plan = DataPlan(image_share=0.0, caption_share=0.0, steps_per_image=1, rows=_ROWS)
     total = count = 0.0
+    transformer, texts = model.transformer, slice(model.transformer.code_ids.start)
     for packed in _stream(model, plan, batches, seed):
         learned = packed.targets != NO_TARGET
         with torch.no_grad():
-            logits = model.transformer.logits(model.transformer(packed)[learned]).float()
+            logits = transformer.logits(transformer(packed)[learned], texts).float()
         total += cross_entropy(logits, packed.targets[learned], reduction="sum").item()
         count += len(logits)
     return total / count
