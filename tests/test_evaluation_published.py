@@ -161,8 +161,9 @@ def torch_fidelity(monkeypatch):
     return pytest.importorskip("torch_fidelity", reason="the extra published is not installed")
 
 
-def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypatch):
-    """The library's own metrics, on a small network instead of Inception."""
+@pytest.fixture
+def small_inception(tmp_path, torch_fidelity, monkeypatch):
+    """A small network instead of Inception, what it is to judge, and the keys that name both."""
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     class Small(torch.nn.Module):
@@ -181,13 +182,16 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     torch.save({f"maps.{k}": v for k, v in conv.state_dict().items()}, tmp_path / "weights.pth")
     (tmp_path / "p.txt").write_text("red heart\npizza\n")
     pictures(tmp_path / "real", 12)
-    small = ("resolution=16", "prompts=p.txt", "reference=real", "inception=weights.pth")
-    whole = (tmp_path / "real/5.png").read_bytes()
-    (tmp_path / "real/5.png").write_bytes(whole[:200])
-    status, _, err = run("imagenet256", *small, "samples=11")
-    assert status == 1 and "5.png: the picture could not be read" in err
-    assert not (tmp_path / "out/pictures").exists()
-    (tmp_path / "real/5.png").write_bytes(whole)
+    keys = ("resolution=16", "prompts=p.txt", "reference=real", "inception=weights.pth")
+    return Small, keys
+
+
+PUBLISHED = "metrics=[fid, inception_score, precision_recall]"
+
+
+def test_published_scores_on_a_stand_in(run, tmp_path, small_inception, monkeypatch):
+    """The library's own metrics, and what is kept of them."""
+    network, small = small_inception
     against = ("guidance_scales=[0.5, 1.5]", "guidance_samples=11")
     status, _, err = run("imagenet256", *small, *against, "samples=11", "guidance_scale=1.5")
     assert status == 0, err
@@ -208,22 +212,29 @@ def test_published_scores_on_a_stand_in(run, tmp_path, torch_fidelity, monkeypat
     score = found["Inception score"].protocol
     assert score["splits"] == 10 and not {"reference", "reference_sha256"} & set(score)
     assert len(list(Path("out/pictures").rglob("*.png"))) == 22
-    at_most = ("metrics=[guidance]", "guidance_samples=3")
-    assert_mistake(run("imagenet256", *small, *at_most), "guidance needs", "raise guidance_samples")
-    published = "metrics=[fid, inception_score, precision_recall]"
     alone = ("metrics=[inception_score]", "guidance_scale=1.5", "reference=nowhere")
     assert run("imagenet256", *small, "samples=11", *alone)[0] == 0
     assert results.load(tmp_path / "out").figures == [found["Inception score"]]
-    seen = []
-    forward = Small.forward
-    monkeypatch.setattr(Small, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    more = ("samples=12", "guidance_scale=1.5", published)
+    seen, forward = [], network.forward
+    monkeypatch.setattr(network, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    more = ("samples=12", "guidance_scale=1.5", PUBLISHED)
     assert run("imagenet256", *small, *more)[0] == 0 and seen == [12]  # the real ones were kept
     for kept in (tmp_path / "out/parts").glob("*.safetensors"):
         kept.write_bytes(kept.read_bytes()[:20])
-    status, out, err = run("imagenet256", *small, "samples=11", "seed=1", published)
+    status, out, err = run("imagenet256", *small, "samples=11", "seed=1", PUBLISHED)
     assert status == 1 and out == "" and err.endswith("remove it, and it is made anew\n")
-    shutil.rmtree(tmp_path / "out/parts")
+
+
+def test_what_published_scores_cannot_be_made_of_is_said(run, tmp_path, small_inception):
+    _, small = small_inception
+    whole = (tmp_path / "real/5.png").read_bytes()
+    (tmp_path / "real/5.png").write_bytes(whole[:200])
+    status, _, err = run("imagenet256", *small, "samples=11")
+    assert status == 1 and "5.png: the picture could not be read" in err
+    assert not (tmp_path / "out/pictures").exists()
+    (tmp_path / "real/5.png").write_bytes(whole)
+    at_most = ("metrics=[guidance]", "guidance_samples=3")
+    assert_mistake(run("imagenet256", *small, *at_most), "guidance needs", "raise guidance_samples")
     few = (*small, "samples=3", "metrics=[fid, precision_recall]")
     assert_mistake(run("imagenet256", *few), "at least 4 pictures", "not 3 samples: raise samples")
     assert_mistake(run("imagenet256", *small, "samples=9"), "at least 10 pictures")
