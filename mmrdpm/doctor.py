@@ -18,7 +18,7 @@ from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.data.images import StreamedImages, check_batches, open_images
 from mmrdpm.data.loader import Loader
 from mmrdpm.data.rows import InOrder, Lanes
-from mmrdpm.errors import MmrdpmError
+from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.plan import Kind, Plan, make_plan
 from mmrdpm.rdpm import image_tokenizer
@@ -120,6 +120,11 @@ def _recipe(path: Path, overrides: list[str], gpus: int | None, run: Path) -> It
         if kind == "model":
             yield from _model(path, overrides, gpus, run)
         elif kind == "image":
+            if gpus is not None:
+                raise UsageError(
+                    f"{path}: is of an image tokeniser, which is not looked into for {gpus} GPUs:"
+                    " leave out --gpus"
+                )
             yield from _image_tokenizer(path, overrides, run)
         else:
             text = f"{path}: is of kind {kind!r}, which is not looked into: {_OTHERS[str(kind)]}"

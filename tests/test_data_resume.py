@@ -13,7 +13,6 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
-from pyarrow import parquet, table
 
 from mmrdpm import recipe, text_tokenizer, tree
 from mmrdpm.data import rows as data_rows
@@ -43,6 +42,8 @@ def write_tar(path, records):
 
 def write_parquet(path, numbers):
     """Pairs, one of them without a caption."""
+    from pyarrow import parquet, table
+
     rows = {
         "image": [png((0, 0, i)) for i in numbers],
         "caption": [f"row {i}" if i != 5 else None for i in numbers],
@@ -61,6 +62,8 @@ def write_cache(pictures, image_tokenizer_folder, folder):
 @pytest.fixture(scope="module")
 def data(tiny_tokenizers, tmp_path_factory):
     """The sources of a mixture of every kind of reading, some records broken."""
+    for package in ("datasets", "webdataset"):
+        pytest.importorskip(package, reason="the extra `data` is not installed")
     root = tmp_path_factory.mktemp("data")
     (root / "pictures").mkdir()
     for i in range(23):

@@ -84,6 +84,14 @@ def test_the_disk_is_that_of_the_run(told, tmp_path, monkeypatch):
     assert re.search(rf"! needs +0\.00 GB for checkpoints, 0 GB are free at {tmp_path}\n", said)
 
 
+def test_a_number_of_gpus_is_for_models(image_recipe_file, capsys):
+    path = str(image_recipe_file)
+    assert main(["doctor", path, "--gpus", "2"]) == 1
+    (line,) = (o for o in capsys.readouterr().out.splitlines() if o.startswith("!"))
+    assert line.startswith(f"! recipe       {path}: is of an image tokeniser")
+    assert "for 2 GPUs: leave out --gpus" in line
+
+
 @pytest.mark.parametrize(
     ("recipe", "instead"),
     [

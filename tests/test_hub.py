@@ -118,7 +118,7 @@ def test_a_run_from_the_hub_keeps_its_text_and_goes_on_where_it_was(local, recip
         while process.stdout.readline() not in ("closed?\n", ""):
             pass
         local.close()
-        _, told = process.communicate("\n", timeout=60)
+        _, told = process.communicate("\n", timeout=120)
     done, _, gone = told.partition("closed\n")
     assert f"weights of who/qwen; {run}" in " ".join(done.split()) and "Traceback" not in told
     assert process.returncode == 1 and len(gone.splitlines()) == 1
@@ -203,7 +203,7 @@ def test_a_look_at_a_data_set_of_the_hub_fetches_no_more_than_it_shows(local, tm
     publish_texts(tmp_path / "hub/datasets/who/texts")
     program = ("-m", "mmrdpm", "data", "inspect")
     with user_of(local, "who/texts", "subset=wanted", "--n", "4", program=program) as process:
-        said, told = process.communicate(timeout=60)
+        said, told = process.communicate(timeout=120)
     assert process.returncode == 0, told
     assert "texts: 4, " in said and "problems: none" in said
     fetched = {path for path in local.asked if path.endswith(".parquet")}
@@ -216,7 +216,7 @@ def test_a_revision_is_read_and_belongs_to_the_place_in_the_data(local, tmp_path
     publish_texts(old, word="old")
     revisions = ["", "old", commit(old)]
     with user_of(local, *revisions, "f" * 40, program=("-c", OPENER)) as process:
-        said, told = process.communicate(timeout=60)
+        said, told = process.communicate(timeout=120)
     assert process.returncode == 0, told
     for way, size in ((said.splitlines()[:4], "90 rows"), (said.splitlines()[4:], "3 shards")):
         now, tagged, exact, gone = way
@@ -224,3 +224,41 @@ def test_a_revision_is_read_and_belongs_to_the_place_in_the_data(local, tmp_path
         assert tagged.split("|")[0] == f"who/texts at {commit(old)}, {size}" and "|old " in tagged
         assert tagged == exact
         assert gone.startswith("who/texts: the hub did not give revision fff")
+
+
+def test_of_texts_without_the_hub_no_revision_is_taken_for_another(local, tmp_path):
+    """The library takes what its cache was given last, whichever revision is asked for."""
+    newest, old = (tmp_path / f"hub/datasets/who/texts{tag}" for tag in ("", "@old"))
+    publish_texts(newest)
+    publish_texts(old, word="old")
+    with user_of(local, "old", "", program=("-c", OPENER)) as process:
+        said, told = process.communicate(timeout=120)
+    assert process.returncode == 0 and said.count("|") == 4, said + told
+    local.close()
+    at_once = "import time\ntime.sleep = lambda _: None\n"  # or the hub is waited for
+    revisions = "old", commit(newest), commit(old)
+    with user_of(local, *revisions, program=("-c", at_once + OPENER)) as process:
+        said, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    for tagged, exact, other in (said.splitlines()[:3], said.splitlines()[3:]):
+        refused = "who/texts: the hub did not give revision {}, and the cache holds {}: see to"
+        assert tagged.startswith(refused.format("old", commit(newest)))
+        assert exact.startswith(f"who/texts at {commit(newest)}, ") and "|wanted " in exact
+        assert other.startswith(refused.format(commit(old), commit(newest)))
+
+
+def test_a_cache_of_latents_fetches_no_more_of_texts_than_it_takes_to_tell(
+    local, tiny_tokenizers, tmp_path
+):
+    publish_texts(tmp_path / "hub/datasets/who/texts")
+    source = {"type": "huggingface", "path": "who/texts", "subset": "wanted"}
+    names = {kind: str(tiny_tokenizers / kind) for kind in ("image", "text")}
+    mapping = {"kind": "model", "tokenizers": names, "data": {"sources": {"pages": source}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(mapping))
+    program = ("-m", "mmrdpm", "data", "cache")
+    with user_of(local, tmp_path / "r.yaml", "--out", tmp_path / "out", program=program) as process:
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 1 and "none of its data.sources holds" in told, told
+    assert "pages: left out, it holds no image-text pairs to encode\n" in told
+    fetched = {path for path in local.asked if path.endswith(".parquet")}
+    assert len(fetched) == 1, fetched

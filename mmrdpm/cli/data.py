@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from mmrdpm.data.images import without_captions
 from mmrdpm.data.inspect import guess, inspect
 from mmrdpm.data.records import Indexed, Source
 from mmrdpm.data.sources import SourceConfig, open_source
-from mmrdpm.errors import MmrdpmError, UsageError
+from mmrdpm.errors import DataError, MmrdpmError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe
@@ -118,13 +119,24 @@ def data_cache(options: argparse.Namespace) -> None:
 def _pairs(configs: Mapping[str, SourceConfig]) -> Iterator[tuple[str, Source]]:
     """The sources of image-text pairs, opened; says of each other one that it is left out."""
     for name, config in configs.items():
-        if config.type not in ("text", "glosses", "interleaved", "cache"):
+        known = config.type in ("text", "glosses", "interleaved", "cache")
+        if not known and not _streams_texts(name, config):
             source = open_source(name, config)
             if not source.texts_only:
                 yield name, source
                 continue
         if distributed.is_main():
             print(f"{name}: left out, it holds no image-text pairs to encode", file=sys.stderr)
+
+
+def _streams_texts(name: str, config: SourceConfig) -> bool:
+    """Whether a data set that would be fetched whole shows no pictures when it is streamed."""
+    if config.type != "huggingface" or config.streaming:
+        return False
+    try:
+        return open_source(name, replace(config, streaming=True)).texts_only
+    except DataError:  # not all can be streamed: as it is configured, it opens or tells why not
+        return False
 
 
 def _writer(source: Source, tokenizer: str, options: argparse.Namespace, name: str) -> CacheWriter:

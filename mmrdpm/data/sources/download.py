@@ -16,7 +16,7 @@ _PAUSE = 2.0  # seconds between them
 # of curl's statuses, those that another try may not meet again: a name that was not found for now,
 # too late, cut off while hands were shaken, no answer, cut off in the answer
 _PASSING = (6, 28, 35, 52, 56)
-_BUSY = re.compile(r"error: (429|5\d\d)$")  # in what it tells of status 22
+_BUSY = re.compile(r"error: (408|429|5\d\d)\b")  # in what it tells of status 22
 _KEPT = "%/:?#[]@!$&'()*+,;=~"  # what may stand in an address; of blanks and the like, nothing
 
 
@@ -42,8 +42,9 @@ class Download:
             time.sleep(_PAUSE)
 
     def _start(self, url: str) -> None:
-        command = [
-            *("curl", "--fail", "--silent", "--show-error", "--location", "--globoff"),
+        command = [  # `-q`, which is to come first: whatever the user's ~/.curlrc says
+            *("curl", "-q", "--fail", "--silent", "--show-error", "--globoff"),
+            *("--location", "--proto-redir", "=https,http"),
             *("--connect-timeout", str(_CONNECT), "--speed-limit", "1"),
             *("--speed-time", str(_STALL), quote(url, safe=_KEPT)),
         ]

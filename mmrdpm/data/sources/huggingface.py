@@ -122,10 +122,14 @@ def _load_revision(
     datasets: Any, path: str, subset: str, split: str, streaming: bool, revision: str
 ) -> tuple[Any, str]:
     """A data set on the hub as it was at a revision, and which commit that is."""
+    from datasets.packaged_modules.cache.cache import Cache
+
     builder = datasets.load_dataset_builder(path, subset or None, revision=revision)
     commit = str(builder.hash)
-    if _COMMIT.fullmatch(revision) and commit != revision:
-        raise DataError(  # without the hub, the library takes whatever it has in its cache
+    # where the hub gives nothing, the library takes whatever its cache was given last
+    doubtful = isinstance(builder, Cache) or _COMMIT.fullmatch(revision)
+    if doubtful and commit != revision:
+        raise DataError(
             f"{path}: the hub did not give revision {revision}, and the cache holds {commit}: see"
             " to the network, or name that one"
         )
