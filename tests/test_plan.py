@@ -36,6 +36,7 @@ def test_the_parameters_are_exact(tiny_recipe, tmp_path):
     assert planned.tokens_per_image == 3 * 4
 
 
+@pytest.mark.slow
 def test_the_script_beside_runs_plans_and_trains_the_same(tiny_recipe, monkeypatch):
     """Each in a process of its own, whose memory is that of the program and little else."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts")
