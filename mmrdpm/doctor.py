@@ -39,7 +39,7 @@ _OPTIONAL = {  # package -> what it is for
     "ray": "mmrdpm data cache on a Ray cluster",
 }
 _OTHERS = {  # kind of a recipe -> what looks at it in the doctor's place
-    "text": "mmrdpm tokenizer train takes seconds and tells what it lacks",
+    "text": "mmrdpm tokenizer train tells what it lacks",
     "sweep": "name its model_recipe or its tokenizer_recipe",
     "peers": "mmrdpm bench peers tells what it lacks",
 }

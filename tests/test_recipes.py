@@ -140,18 +140,28 @@ def test_the_image_tokenisers_are_of_the_size_that_the_docs_say():
     assert (theirs.grid, theirs.latent_channels) == ((32, 32), 4) and f"{millions:.1f}" == "83.7"
 
 
-def test_the_recipe_on_a_published_autoencoder_trains_on_a_tiny_one(
-    published, image_recipe_file, tmp_path
-):
-    small = ["batch_size=4", "codebook_batch=8", "steps=3", "statistics_images=8", "threads=1"]
-    tiny = image_recipe(
-        PUBLISHED,
-        f"tokenizer.autoencoder.diffusers={published / 'AutoencoderKL'}",
-        "tokenizer.autoencoder.image_size=16",
+def shrunk(path, tmp_path, *keys):
+    """The recipe of an image tokeniser on the few pictures of a test."""
+    small = ("batch_size=4", "codebook_batch=8", "statistics_images=8", "threads=1")
+    return image_recipe(
+        path,
         f"data.sources.pictures.path={tmp_path / 'pictures'}",
         "data.workers=0",
         "checkpoint.log_every=1",
         *(f"train.{key}" for key in small),
+        *keys,
+    )
+
+
+def test_the_recipe_on_a_published_autoencoder_trains_on_a_tiny_one(
+    published, image_recipe_file, tmp_path
+):
+    tiny = shrunk(
+        PUBLISHED,
+        tmp_path,
+        f"tokenizer.autoencoder.diffusers={published / 'AutoencoderKL'}",
+        "tokenizer.autoencoder.image_size=16",
+        "train.steps=3",
     )
     assert train_image(tiny, tmp_path / "run")
     made = image_tokenizer.load(tmp_path / "run")
@@ -163,16 +173,13 @@ def test_the_recipe_on_a_published_autoencoder_trains_on_a_tiny_one(
 def test_the_recipe_of_our_own_autoencoder_trains_small_through_all_its_losses(
     backbone, image_recipe_file, tmp_path
 ):
-    small = ["batch_size=4", "codebook_batch=8", "steps=10", "statistics_images=8", "threads=1"]
-    loss = [f"loss.backbone={backbone}", "loss.adversarial_start=2"]
-    tiny = image_recipe(
+    shape = ("image_size=32", "widths=[8,8,16]", "blocks=1")
+    how = ("steps=10", f"loss.backbone={backbone}", "loss.adversarial_start=2")
+    tiny = shrunk(
         OWN,
-        *(f"tokenizer.autoencoder.{key}" for key in ("image_size=32", "widths=[8,8,16]")),
-        "tokenizer.autoencoder.blocks=1",
-        f"data.sources.pictures.path={tmp_path / 'pictures'}",
-        "data.workers=0",
-        "checkpoint.log_every=1",
-        *(f"train.{key}" for key in (*small, *loss)),
+        tmp_path,
+        *(f"tokenizer.autoencoder.{key}" for key in shape),
+        *(f"train.{key}" for key in how),
     )
     assert train_image(tiny, tmp_path / "run")
     made = image_tokenizer.load(tmp_path / "run")
