@@ -72,7 +72,7 @@ class Training:
     text_weight: float = field(default=1.0, metadata={"min": 0.0})
     z_loss: float = field(default=0.0, metadata={"min": 0.0})
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
-    codes_apart: bool = False
+    codes_apart: bool = True
     ema: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
     guard: GuardConfig = field(default_factory=GuardConfig)
     precision: Precision = "auto"

@@ -288,7 +288,8 @@ def test_what_does_not_go_together_is_refused(tiny_recipe, tiny_tokenizers, tmp_
 
 def test_plans_and_figures_of_codes_know_it(tiny_recipe, tmp_path):
     overrides = [f"model.{key}=true" for key in ON] + ["train.soft_labels=2.0", "train.steps=2"]
-    loaded = recipe.load(ModelRecipe, tiny_recipe, overrides)
+    together = [*overrides, "train.codes_apart=false"]
+    loaded = recipe.load(ModelRecipe, tiny_recipe, together)
     assert train(loaded, tmp_path / "run")
     model = mmrdpm.load(tmp_path / "run")
     of_trainer = Trainer(loaded, tmp_path / "again").transformer.lengthening
@@ -296,9 +297,7 @@ def test_plans_and_figures_of_codes_know_it(tiny_recipe, tmp_path):
     parameters = sum(p.numel() for p in model.transformer.parameters())
     planned = make_plan(loaded, 1, "cpu")
     assert planned.parameters == parameters
-    apart = make_plan(
-        recipe.load(ModelRecipe, tiny_recipe, [*overrides, "train.codes_apart=true"]), 1, "cpu"
-    )
+    apart = make_plan(recipe.load(ModelRecipe, tiny_recipe, overrides), 1, "cpu")
     # two rows of four drawings, 2 x 4 codes and 12 of text each, and 16 of something shorter
     codes, text, size = 2 * 4 * 8, 2 * (4 * 11 + 15), model.vocabulary.size
     assert planned.memory["logits"] == 4 * (codes + text) * size

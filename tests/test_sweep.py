@@ -246,8 +246,8 @@ def test_what_came_later_is_of_a_recipe_only_where_it_is_set(tiny_recipe):
         return recipe_sha256(recipe.load(ModelRecipe, tiny_recipe, overrides))
 
     hub = "data.sources={pages: {type: huggingface, path: who/texts, revision: %s}}"
-    assert len({of(), of("train.codes_apart=true"), of(hub % "v1"), of(hub % "''")}) == 4
-    loaded = recipe.load(ModelRecipe, tiny_recipe, [hub % "''"])
+    assert len({of(), of("train.codes_apart=false"), of(hub % "v1"), of(hub % "''")}) == 4
+    loaded = recipe.load(ModelRecipe, tiny_recipe, [hub % "''", "train.codes_apart=false"])
     before = {k: v for k, v in recipe.to_dict(loaded).items() if k not in _BESIDE}
     del before["train"]["codes_apart"], before["data"]["sources"]["pages"]["revision"]
     assert digest(before) == recipe_sha256(loaded)

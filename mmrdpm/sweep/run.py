@@ -111,7 +111,7 @@ def _identity(sweep: Sweep, variant: Variant, seed: int, images: Path | None) ->
 def recipe_sha256(recipe: ModelRecipe) -> str:
     """Of all that weights follow from besides the tokenisers and the seed."""
     content = {k: v for k, v in recipes.to_dict(recipe).items() if k not in _BESIDE}
-    # lines of before there were these keys go on counting
+    # lines of before there were these keys go on counting: all was scored among all
     if not recipe.train.codes_apart:
         del content["train"]["codes_apart"]
     for source in content["data"]["sources"].values():

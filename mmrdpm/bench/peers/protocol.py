@@ -76,7 +76,7 @@ class OurShape(Shape):
     places: bool = False
     sees_start_noise: bool = True
     soft_labels: float = field(default=0.0, metadata={"min": 0.0})
-    codes_apart: bool = False
+    codes_apart: bool = True
     steps_per_image: int = field(default=4, metadata={"min": 1})
     expected_steps: int = field(default=0, metadata={"min": 0})
 
@@ -166,7 +166,6 @@ class PeerBench:
             places=True,
             sees_start_noise=False,
             soft_labels=2.0,
-            codes_apart=True,
             expected_steps=10,
         )
     )
