@@ -246,8 +246,9 @@ class Model:
         Among all ids that are no code, of which no text has any.
 
         Raises:
-            UsageError: the text is longer than the context.
+            UsageError: it is no picture, or the text is longer than the context.
         """
+        _pictures([image])
         ids = (*self.texts.encode(text), self.vocabulary.eos)
         before, picture, after = self._looked_at(image)
         document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
@@ -348,6 +349,8 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 def _pictures(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
     if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
         raise UsageError("give a list of pictures: [PIL.Image.open(path), ...]")
+    if any(image.mode == "F" for image in images):  # nothing says which values are black and white
+        raise UsageError("a picture has floating point pixels: convert it to 8 bits a channel")
     return images
 
 

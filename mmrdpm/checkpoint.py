@@ -31,6 +31,7 @@ RECIPE_FILE, LOG_FILE, SKIPPED_FILE = "recipe.yaml", "metrics.jsonl", "skipped.j
 _STATE, _SHARDS = "state.safetensors", "shards"  # in the folder of a sharded state
 _RESUME, _LOCK = "resume", ".lock"
 _NAME = re.compile(r"step-\d{7}\.safetensors")
+MOST_STEPS = 9_999_999  # that such a name can hold
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def _disk(policy: CheckpointPolicy, numbers: int, run: Path) -> Line:
 
 def _free(run: Path) -> tuple[int, Path]:
     """Bytes on the disk of a folder that may be yet to be made, and what of it is there."""
-    run = run.expanduser().absolute()
+    run = Path(os.path.expanduser(run)).absolute()
     place = next(folder for folder in (run, *run.parents) if folder.exists())
     return shutil.disk_usage(place).free, place
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mmrdpm import checkpoint, recipe
 from mmrdpm.attention.backend import Name
-from mmrdpm.checkpoint import CheckpointPolicy
+from mmrdpm.checkpoint import MOST_STEPS, CheckpointPolicy
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.engine.guard import GuardConfig
 from mmrdpm.engine.parallel import Wanted
@@ -64,7 +64,7 @@ class Training:
         wandb: project of Weights & Biases to log to, "" for none.
     """
 
-    steps: int = field(default=6000, metadata={"min": 1})
+    steps: int = field(default=6000, metadata={"min": 1, "max": MOST_STEPS})
     lr: float = field(default=3e-3, metadata={"min": 0.0, "max": 1e30})
     warmup: int = field(default=100, metadata={"min": 0})
     schedule: Schedule = "cosine"

@@ -47,7 +47,10 @@ class Origin(Protocol):
     config: TransformerConfig
 
     def check(self, vocabulary: Vocabulary) -> None:
-        """Raises CheckpointError unless its weights fit its config and the vocabulary."""
+        """Raises CheckpointError unless its weights fit its config and the vocabulary.
+
+        All ranks must call it, before any takes a tensor.
+        """
 
     def tensor(self, name: str, shape: torch.Size, vocabulary: Vocabulary) -> Tensor | None:
         """One parameter of ours, None where it has to be drawn anew."""
@@ -61,27 +64,23 @@ class Run:
         section = recipe.read(spec).get("model") or {}
         self.folder = folder
         self.config = recipe.from_dict(TransformerConfig, section, f"{spec}: model")
-        self._shapes: dict[str, tuple[int, ...]] = {}
-
-    @property
-    def path(self) -> Path:
-        path = checkpoint.newest(self.folder)
-        if path is None:
-            raise CheckpointError(f"{self.folder}: the run has no checkpoint yet: train it first")
-        return path
+        self._path, self._shapes = folder, dict[str, tuple[int, ...]]()
 
     def check(self, vocabulary: Vocabulary) -> None:
-        check_vocabulary(self.path, vocabulary)
-        self._shapes = weights.shapes(self.path)
+        path = checkpoint.agreed(self.folder)  # once, for all tensors: the run may go on meanwhile
+        if path is None:
+            raise CheckpointError(f"{self.folder}: the run has no checkpoint yet: train it first")
+        check_vocabulary(path, vocabulary)
+        self._path, self._shapes = path, weights.shapes(path)
 
     def tensor(self, name: str, shape: torch.Size, vocabulary: Vocabulary) -> Tensor | None:
         found = self._shapes.get(name)
         if found == tuple(shape):
-            return weights.tensor(self.path, name)
+            return weights.tensor(self._path, name)
         if name in _OF_IMAGES:
             return None
         raise CheckpointError(
-            f"{self.path}: tensor {name!r} "
+            f"{self._path}: tensor {name!r} "
             + (f"has shape {list(found)}, not {list(shape)}" if found else "is missing")
             + f": it is not of the model that {checkpoint.RECIPE_FILE} beside it describes"
         )

@@ -25,14 +25,20 @@ from mmrdpm.errors import RecipeError
 T = TypeVar("T")
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
+# what the loader raises of odd dates, numbers, tags and depths
+_NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
 class _Strict(yaml.SafeLoader):
     """YAML's safe loader, to which a key that comes twice in one mapping is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        written = [key for key, _ in node.value if key.tag != _MERGE]
+        keys = [self.construct_object(key, deep=True) for key in written]
         for place, key in enumerate(keys):
             if key in keys[:place]:
-                line = node.value[place][0].start_mark.line + 1
+                line = written[place].start_mark.line + 1
                 raise yaml.YAMLError(f"the key {key!r} comes twice, again in line {line}")
         return super().construct_mapping(node, deep)
 
@@ -57,7 +63,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         mapping = yaml.load(path.read_text(encoding="utf-8"), _Strict)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of odd dates and numbers too
+    except _NO_YAML as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if mapping is None:
         mapping = {}
@@ -107,7 +113,7 @@ def _override(mapping: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: write it as key=value, e.g. train.lr=3e-4")
     try:
         value = yaml.load(text, _Strict)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _NO_YAML as error:
         why = " ".join(str(error).split())
         raise RecipeError(f"override {override!r}: the value is not valid YAML: {why}") from None
     *parents, last = key.split(".")

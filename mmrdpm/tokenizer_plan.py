@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmrdpm import checkpoint, recipe, shipped, weights
+from mmrdpm.checkpoint import MOST_STEPS
 from mmrdpm.errors import RecipeError
 from mmrdpm.machine import Precision
 from mmrdpm.rdpm import image_tokenizer, published
@@ -49,7 +50,7 @@ class ImageTokenizerTraining:
         wandb: project of Weights & Biases to log to, "" for none.
     """
 
-    steps: int = field(default=5000, metadata={"min": 3})
+    steps: int = field(default=5000, metadata={"min": 3, "max": MOST_STEPS})
     codebook_share: float = field(default=0.04, metadata={"min": 0.0, "max": 0.5})
     decoder_share: float = field(default=0.16, metadata={"min": 0.0, "max": 0.5})
     autoencoder_from: str | None = None

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mmrdpm.data import pictures
+from mmrdpm.data.faults import check_shards
 from mmrdpm.data.inspect import guess
 from mmrdpm.data.pictures import PictureError
 from mmrdpm.data.records import Broken, Interleaved, Pair, Text
@@ -178,6 +179,13 @@ def test_a_shard_that_is_damaged_at_a_header_does_not_just_end(damage, tmp_path)
     *whole, last = shards(path)
     assert len(whole) >= 1 and all(isinstance(r, Pair) for r in whole)
     assert (last.key, last.cause) == (str(path), "damaged shard")
+
+
+def test_a_damaged_shard_before_all_others_is_one_of_those_begun():
+    """A place of a mixture tells the oldest record that waits, which may be of before it."""
+    check_shards("s", 1, 0.0, 100, 0.05, None)
+    with pytest.raises(DataError, match="6 of 6 shards read are damaged"):
+        check_shards("s", 6, 0.0, 100, 0.05, None)
 
 
 def test_a_member_that_nobody_wants_may_be_of_any_size(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import mmrdpm
+from mmrdpm import shipped
 from mmrdpm.api import Model
 from mmrdpm.cli import main
 from mmrdpm.data import emoji as emoji_data
@@ -23,7 +24,8 @@ from mmrdpm.evaluation.compare import compare
 from mmrdpm.evaluation.figure import Figure
 from mmrdpm.evaluation.part import Shown
 from mmrdpm.evaluation.results import NotComputed, Results
-from mmrdpm.evaluation.tokenizer import measure_images
+from mmrdpm.evaluation.run import default_folder
+from mmrdpm.evaluation.tokenizer import WAYS, measure_images
 from mmrdpm.metrics.features import EfficientNetLite0, MissingEvaluator
 from mmrdpm.rdpm import image_tokenizer
 
@@ -256,8 +258,9 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     status, out, _ = run("eval", "compare", "a", "b/results.json")
     assert status == 0 and out.count("held-out concepts/PSNR") == 2
     one = ("--suite", "tokenizer", "names=1", "groups=[held-out concepts]", "--out", "c")
-    assert_mistake(run("eval", tiny_run, *one), "kernel_distance, ", "need at least 2 pictures")
-    assert_mistake(run("eval", tiny_run, *one, "metrics=[psnr]"), "psnr need at least 2 pictures")
+    assert_mistake(run("eval", tiny_run, *one), "psnr needs at least 2 pictures")
+    two = (*one, "names=2", "metrics=[psnr, kernel_distance]")
+    assert_mistake(run("eval", tiny_run, *two), "kernel_distance needs at least 3 pictures")
     Path("mine").mkdir()
     for number, colour in enumerate(("red", "white", "olive")):
         Image.new("RGB", (30, 20 + number), colour).save(f"mine/{number}.png")
@@ -273,7 +276,7 @@ def test_a_tokeniser_is_measured_alone_or_inside_a_run(run, tiny_run, tiny_token
     assert all(keys <= set(p) for p in protocols)
 
 
-def test_the_latent_error_of_the_last_step_is_that_of_the_codes(tiny_tokenizers):
+def test_the_latent_error_of_the_last_step_is_that_of_the_codes(tiny_tokenizers, monkeypatch):
     tiny = image_tokenizer.load(tiny_tokenizers / "image")
     squares = load_emoji(16).images[:5]
     found = measure_images(tiny, squares, seed=3)
@@ -283,10 +286,29 @@ def test_the_latent_error_of_the_last_step_is_that_of_the_codes(tiny_tokenizers)
     expected = (latents - states[0]).square().flatten(1).mean(1)
     assert torch.allclose(found.latent_error[-1], expected, atol=1e-5)
     assert all(1 / 16 <= use <= 1 for use in found.usage)
+    monkeypatch.setattr(tokenizer, "_PIXELS", 16 * 16 * 2)  # two at a time
+    parts = measure_images(tiny, squares, seed=3)
+    assert torch.equal(parts.code_indices, found.code_indices)
+    for way in WAYS:
+        torch.testing.assert_close(parts.images[way], found.images[way])
+        torch.testing.assert_close(parts.ssim[way], found.ssim[way])
+    torch.testing.assert_close(parts.latent_error, found.latent_error)
     with pytest.raises(DataError, match="mismatched resolutions: pictures of 8x8"):
         measure_images(tiny, np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(DataError, match="empty data set"):
         measure_images(tiny, squares[:0])
+    monkeypatch.setattr(tokenizer, "WINDOW", 17)
+    with pytest.raises(DataError, match="SSIM needs pictures of at least 17x17"):
+        measure_images(tiny, squares)
+
+
+@pytest.mark.parametrize("name", ["emoji-tiny", "models/emoji-tiny"])
+def test_what_is_shipped_keeps_its_folder_as_it_is(name, tmp_path, monkeypatch):
+    """Also where a clone is worked in, and the model is named by its path."""
+    monkeypatch.chdir(shipped.folder("models").parent)
+    folder = shipped.resolve("models", name)
+    assert default_folder(folder, "emoji") == Path("runs/eval/emoji-tiny-emoji")
+    assert default_folder(tmp_path, "emoji") == tmp_path / "eval/emoji"
 
 
 def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
@@ -300,7 +322,7 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     twice = "groups=[held-out concepts, held-out concepts]"
     assert_mistake(evaluate(twice), "groups: 'held-out concepts' comes twice")
     assert_mistake(evaluate("namez=3"), "did you mean names?")
-    assert_mistake(evaluate("names=1"), "kernel_distance needs at least 2 pictures")
+    assert_mistake(evaluate("names=2"), "kernel_distance needs at least 3 pictures")
     for metric in ("bleu", "sentence_similarity", "diversity", "loss_per_timestep"):
         few = evaluate("names=1", f"metrics=[{metric}]")
         assert_mistake(few, f"{metric} needs at least 2 pictures")

@@ -18,7 +18,7 @@ from mmrdpm.evaluation.figure import Figure
 from mmrdpm.evaluation.store import Store, picture_seeds
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
-ONE_GROUP = ("names=2", "groups=[training concepts]")
+ONE_GROUP = ("names=3", "groups=[training concepts]")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mmrdpm
-from mmrdpm import pretrained, recipe, weights
+from mmrdpm import checkpoint, pretrained, recipe, weights
 from mmrdpm.cli import main
 from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.model_recipe import ModelRecipe
@@ -87,6 +87,18 @@ def test_an_earlier_run_with_another_vocabulary_is_refused(
     loaded = recipe.load(ModelRecipe, path, [f"tokenizers.image={tmp_path / 'image'}"])
     with pytest.raises(CheckpointError, match=r"320 text ids and 16 .* 320 and 15"):
         train(loaded, tmp_path / "run")
+
+
+def test_all_of_a_run_that_goes_on_meanwhile_is_of_one_checkpoint(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    model = mmrdpm.load(run)
+    origin, old = pretrained.Run(run), model.transformer.table.weight.clone()
+    origin.check(model.vocabulary)
+    tensors, metadata = weights.load(checkpoint.newest(run))
+    later = {name: tensor + 1 for name, tensor in tensors.items()}
+    weights.save(later, run / "step-9000000.safetensors", metadata)
+    assert torch.equal(origin.tensor("table.weight", old.shape, model.vocabulary), old)
 
 
 def test_an_earlier_run_attends_as_it_learned_to(tiny_run, recipe_from):

@@ -98,6 +98,13 @@ def test_the_kernel_distance_equals_its_definition_pair_by_pair():
     assert low < found < high
 
 
+def test_two_pictures_have_no_interval_of_a_kernel_distance():
+    """All resamples that tell anything are the same two: it would have no width."""
+    two = torch.eye(2)
+    with pytest.raises(DataError, match="at least 3 pictures, not 2"):
+        kernel_interval(two, two, kernel_distance(two, two))
+
+
 def test_the_kernel_distance_of_independent_sets_is_unbiased():
     """Its mean over many pairs of samples of one distribution is zero, and it is often negative."""
     random = torch.Generator().manual_seed(0)

@@ -90,7 +90,17 @@ def test_a_key_that_comes_twice_is_refused(tmp_path):
         recipe.load(Outer, path)
 
 
-@pytest.mark.parametrize("value", ["2024-13-01", "0x_", "[" * 3000])
+def test_a_part_can_be_merged_into_another(tmp_path):
+    text = "a: &shared {x: 1, y: 2}\nb: {<<: *shared, y: 3}\n"
+    assert recipe.read(write(tmp_path, text))["b"] == {"x": 1, "y": 3}
+    with pytest.raises(RecipeError, match="'y' comes twice, again in line 2"):
+        recipe.read(write(tmp_path, text.replace("y: 3", "y: 3, y: 4")))
+
+
+ODD = ["2024-13-01", "0x_", "[" * 3000, "!!bool foo", "!!timestamp foo", "!!int ''"]
+
+
+@pytest.mark.parametrize("value", ODD)
 def test_values_that_yaml_itself_trips_over_are_one_clear_line(value, tmp_path):
     (tmp_path / "r.yaml").write_text(f"key: {value}\n")
     with pytest.raises(RecipeError, match="not valid YAML"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from mmrdpm import recipe, shipped
+from mmrdpm import recipe, shipped, text_tokenizer
 from mmrdpm.cli import main, sweeping
 from mmrdpm.errors import CheckpointError, RecipeError, UsageError
 from mmrdpm.evaluation.figure import digest
@@ -53,7 +53,7 @@ def tiny_sweep(tiny_recipe, tiny_tokenizers, tmp_path):
             "model_recipe": str(tiny_recipe),
             "tokenizer_recipe": str(tmp_path / "base.yaml"),
             "tflops": 2e-4,
-            "measures": {"names": 2, "batches": 1, "joint_steps": 1},
+            "measures": {"names": 3, "batches": 1, "joint_steps": 1},
             "variants": [
                 {"name": "base"},
                 {"name": "guided", "sampling": ["guidance_scale=2", "guidance_schedule=rising"]},
@@ -249,8 +249,19 @@ def test_what_came_later_is_of_a_recipe_only_where_it_is_set(tiny_recipe):
     assert len({of(), of("train.codes_apart=false"), of(hub % "v1"), of(hub % "''")}) == 4
     loaded = recipe.load(ModelRecipe, tiny_recipe, [hub % "''", "train.codes_apart=false"])
     before = {k: v for k, v in recipe.to_dict(loaded).items() if k not in _BESIDE}
+    before["text"] = text_tokenizer.load(Path(loaded.tokenizers.text)).fingerprint()
     del before["train"]["codes_apart"], before["data"]["sources"]["pages"]["revision"]
     assert digest(before) == recipe_sha256(loaded)
+
+
+def test_a_line_is_of_one_text_tokeniser(tiny_recipe, tiny_tokenizers, tmp_path):
+    """By content: another one in the same folder makes another model of the same recipe."""
+    folder = tmp_path / "text"
+    shutil.copytree(tiny_tokenizers / "text", folder)
+    loaded = recipe.load(ModelRecipe, tiny_recipe, [f"tokenizers.text={folder}"])
+    before = recipe_sha256(loaded)
+    shutil.copy(shipped.folder("tokenizers") / "emoji-bpe-4k/tokenizer.json", folder)
+    assert recipe_sha256(loaded) != before
 
 
 def test_a_table_refuses_lines_of_different_judges(tiny_sweep, tmp_path):

@@ -173,10 +173,11 @@ def check_shards(
         DataError: more than `max_share` of the shards begun are damaged.
     """
     block = min(shards, _SHARDS_AT_LEAST)
+    begun = max(begun, damaged)  # a place tells only what is used up: a damaged one has begun
     if damaged > max_share * block * math.ceil(begun / block):
         example = f"; the last: {last.key}" if last else ""
         raise DataError(
-            f"data.sources.{name}: {damaged} of {max(damaged, round(begun))} shards read are"
+            f"data.sources.{name}: {damaged} of {round(begun)} shards read are"
             f" damaged, and their later records lost, more than data.max_broken_share {max_share}"
             f"{example}: mend them in place, under the same names, or raise the share; {then}"
         )

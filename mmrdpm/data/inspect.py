@@ -26,6 +26,7 @@ from mmrdpm.data.records import (
     first_epoch,
 )
 from mmrdpm.data.sources import SourceConfig, Type
+from mmrdpm.data.sources.files import IMAGE_SUFFIXES, at_home
 from mmrdpm.errors import DataError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -153,7 +154,7 @@ def guess(path: str) -> SourceConfig:
     Raises:
         DataError: nothing can be made of it.
     """
-    place = Path(path).expanduser()
+    place = at_home(path)
     if path.startswith("pipe:") or ".tar" in path.lower():
         return SourceConfig("webdataset", path=path)
     if place.is_dir():
@@ -187,8 +188,7 @@ def _folder_type(folder: Path) -> Type:
         return "huggingface"
     if any(_has_segments(p) for p in paths if p.suffix.lower() == ".jsonl" and p.is_file()):
         return "interleaved"  # its pictures may lie beside it
-    images = found & {".png", ".jpg", ".jpeg", ".webp"}
-    return "folder" if images else "text"
+    return "folder" if found & IMAGE_SUFFIXES else "text"
 
 
 def _has_segments(lines: Path) -> bool:

@@ -91,7 +91,8 @@ class LineFiles:
         """Of the files' names and of where their lines begin."""
         digest = hashlib.sha256()
         for path, starts in zip(self.paths, self.starts, strict=True):
-            digest.update(f"{path.name}\n".encode() + starts.tobytes())
+            name = f"{path.name}\n".encode(errors="surrogateescape")
+            digest.update(name + starts.tobytes())
         return digest.hexdigest()
 
     def _place(self, index: int) -> tuple[int, int]:

@@ -171,11 +171,12 @@ def open_stream(
     drafter = Drafter(plan, text_tokenizer, vocabulary, image_tokenizer)
     if not plan.sources:
         return EmojiStream(seed, drafter, image_tokenizer)
-    drafter.check_fits()
     sources = {name: open_source(name, config) for name, config in plan.sources.items()}
     for source in sources.values():
         if isinstance(source, CachedLatents):
             source.check_autoencoder(fingerprint(image_tokenizer))
+    if not all(source.texts_only for source in sources.values()):
+        drafter.check_fits()
     weights = {name: config.weight for name, config in plan.sources.items()}
     return Mixture(sources, weights, seed, drafter)
 

@@ -21,11 +21,15 @@ from mmrdpm.evaluation.figure import Figure, Protocol, digest, digest_of_picture
 from mmrdpm.evaluation.part import Part, Shown, strips
 from mmrdpm.evaluation.store import OWN_NOISE, Store, picture_seeds, read_lines
 from mmrdpm.evaluation.suite import GROUPS, EmojiSuite
+from mmrdpm.metrics.distance import LEAST_OF_KERNEL
 from mmrdpm.metrics.features import EfficientNetLite0, ranks
 
 TRAINING, _TONES = "training concepts", "held-out skin tones"
 _FULL_SIZE = 72  # pixels of the emoji as they come
-_OF_ONE = ("named", "tone", "caption_exact", "guidance", "bits_per_byte")  # or not of emoji
+_LEAST = {  # pictures that a metric needs, where it is not two
+    **dict.fromkeys(("named", "tone", "caption_exact", "guidance", "bits_per_byte"), 1),
+    "kernel_distance": LEAST_OF_KERNEL,
+}
 _DRAWN = {"named", "tone", "kernel_distance", "frechet_distance", "diversity"}
 _CAPTIONED = {"caption_exact", "cider", "bleu", "sentence_similarity"}
 _SHOWN, _COLUMNS, _STRIPS = 24, 8, 3  # pictures in the report
@@ -327,9 +331,10 @@ class EmojiEvaluation:
 def _check_counts(suite: EmojiSuite, group: Group) -> None:
     """Refuses before anything is drawn."""
     for metric in suite.metrics:
-        if metric not in _OF_ONE and len(group.names) < 2:
+        least = _LEAST.get(metric, 2)
+        if len(group.names) < least:
             raise DataError(
-                f"{metric} needs at least 2 pictures, but {group.name!r} has"
+                f"{metric} needs at least {least} pictures, but {group.name!r} has"
                 f" {len(group.names)}: raise names, or take {metric} out of metrics"
             )
 

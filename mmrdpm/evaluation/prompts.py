@@ -42,12 +42,16 @@ class PromptsEvaluation:
     Raises:
         DataError: the prompts or CLIP are not where the suite says, or a list has fewer than two
             prompts; before anything is drawn.
+        UsageError: a prompt is too long for the model.
     """
 
     def __init__(self, model: Model, suite: PromptsSuite, store: Store) -> None:
         self.model, self.suite, self.store = model, suite, store
         self.how = model.sampling.at(suite.guidance_scale)
         self.lists = read_lists(Path(suite.prompts))
+        for prompts in self.lists.values():
+            for prompt in prompts:
+                model.prompt_ids(prompt)  # refuses what is too long
         self.clip = Clip(suite.clip)
 
     def parts(self) -> Iterator[Part]:

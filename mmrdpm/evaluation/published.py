@@ -57,6 +57,7 @@ class ImagenetEvaluation:
         DataError: the model draws another size, the data or weights are not where the suite
             says, or a real picture is of another size or has no header that can be read; before
             anything is drawn.
+        UsageError: a prompt is too long for the model.
     """
 
     def __init__(self, model: Model, suite: ImagenetSuite, store: Store) -> None:
@@ -70,6 +71,8 @@ class ImagenetEvaluation:
                 " size, or use another model"
             )
         self.prompts = read_lines(Path(suite.prompts))
+        for prompt in self.prompts:
+            model.prompt_ids(prompt)  # refuses what is too long
         for metric in suite.metrics:
             key = "guidance_samples" if metric == "guidance" else "samples"
             if (count := getattr(suite, key)) < _LEAST[metric]:

@@ -60,7 +60,7 @@ def evaluate(
     hashes = [sha256_of(path) for path in _files(folder, weights)]
     store = Store(out, digest(hashes))
     evaluation = _evaluation(folder, suite, store)
-    results = Results(suite_name, recipe.to_dict(suite), home.name, hashes[0], [], [])
+    results = Results(suite_name, recipe.to_dict(suite), home.resolve().name, hashes[0], [], [])
     missing: MissingEvaluator | None = None
     parts = list(evaluation.parts())
     for number, part in enumerate(parts, start=1):
@@ -81,8 +81,9 @@ def evaluate(
 
 def default_folder(folder: Path, suite_name: str) -> Path:
     """Where results go: inside a run; beside other runs for what is shipped."""
-    if any(folder.parent == shipped.folder(kind) for kind in ("models", "tokenizers")):
-        return Path("runs/eval") / f"{folder.name}-{suite_name}"
+    place = folder.resolve()
+    if any(place.parent == shipped.folder(kind).resolve() for kind in ("models", "tokenizers")):
+        return Path("runs/eval") / f"{place.name}-{suite_name}"
     return folder / "eval" / suite_name
 
 

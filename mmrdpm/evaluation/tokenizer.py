@@ -22,15 +22,16 @@ from mmrdpm.evaluation.figure import Figure, digest_of_pictures
 from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.store import Store
 from mmrdpm.evaluation.suite import GROUPS, TokenizerSuite
+from mmrdpm.metrics.distance import LEAST_OF_KERNEL
 from mmrdpm.metrics.features import EfficientNetLite0
 from mmrdpm.metrics.interval import AT_LEAST_0, SHARE, bootstrap
-from mmrdpm.metrics.reconstruction import psnr, ssim
+from mmrdpm.metrics.reconstruction import WINDOW, psnr, ssim
 from mmrdpm.rdpm.codebook import perplexity
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.rdpm.trajectory import walk
 from mmrdpm.text_tokenizer import TextTokenizer
 
-_CHUNK = 256  # pictures at once
+_PIXELS = 2**18  # at once: an autoencoder of the usual size takes some 700 bytes for each
 _SHOWN = 12  # pictures in the report
 _PLENTY = 4  # codes seen for each of a codebook: equal use of them all would show 88%
 WAYS = ("autoencoder", "codes")
@@ -70,11 +71,31 @@ def measure_images(tokenizer: ImageTokenizer, squares: np.ndarray, seed: int = 0
     """Figures of uint8 pictures `[B, size, size, 3]`; picture i takes its noise from `seed + i`.
 
     Raises:
-        DataError: there are none, or their size is not the tokeniser's.
+        DataError: there are none, or their size is not the tokeniser's, or below SSIM's window.
     """
     _check(tokenizer, squares)
-    images = to_tensor(squares)
-    latents = torch.cat([tokenizer.autoencoder.encode(chunk) for chunk in images.split(_CHUNK)])
+    size = max(1, _PIXELS // tokenizer.image_size**2)
+    parts = [
+        _measured(tokenizer, to_tensor(squares[begin : begin + size]), seed + begin)
+        for begin in range(0, len(squares), size)
+    ]
+
+    def joined(what: str) -> dict[str, Tensor]:
+        return {way: torch.cat([getattr(part, what)[way] for part in parts]) for way in WAYS}
+
+    return ImageFigures(
+        images=joined("images"),
+        psnr=joined("psnr"),
+        ssim=joined("ssim"),
+        latent_error=torch.cat([part.latent_error for part in parts], dim=1),
+        code_indices=torch.cat([part.code_indices for part in parts], dim=1),
+        codebook_sizes=parts[0].codebook_sizes,
+    )
+
+
+def _measured(tokenizer: ImageTokenizer, images: Tensor, seed: int) -> ImageFigures:
+    """Of as many as go through the autoencoder at once."""
+    latents = tokenizer.autoencoder.encode(images)
     noise = tokenizer.noise(range(seed, seed + len(images)))
     codebook, errors, codes, state = tokenizer.codebook, [], [], latents
     for t, x, residual, code_indices in walk(tokenizer.trajectory, codebook, latents, noise):
@@ -82,7 +103,8 @@ def measure_images(tokenizer: ImageTokenizer, squares: np.ndarray, seed: int = 0
         errors.append((residual - step).square().flatten(1).mean(1))
         codes.append(code_indices.flatten(1))
         state = x + step
-    made = {way: _decode(tokenizer, z) for way, z in zip(WAYS, (latents, state), strict=True)}
+    decoded = (tokenizer.autoencoder.decode(z).clamp(-1, 1) for z in (latents, state))
+    made = dict(zip(WAYS, decoded, strict=True))
     return ImageFigures(
         images=made,
         psnr={way: psnr(x, images) for way, x in made.items()},
@@ -151,11 +173,13 @@ class TokenizerEvaluation:
             self.chosen = {name: data.images[_choose(data, name, suite)] for name in suite.groups}
         self.measured: dict[str, ImageFigures] = {}
         for name, squares in self.chosen.items():
-            if len(squares) < 2:
-                raise DataError(
-                    f"{', '.join(suite.metrics)} need at least 2 pictures, but {name!r} has"
-                    f" {len(squares)}: raise names, or give more pictures"
-                )
+            for metric in suite.metrics:
+                least = LEAST_OF_KERNEL if metric == "kernel_distance" else 2
+                if len(squares) < least:
+                    raise DataError(
+                        f"{metric} needs at least {least} pictures, but {name!r} has"
+                        f" {len(squares)}: raise names, or give more pictures"
+                    )
 
     def parts(self) -> Iterator[Part]:
         """Everything to compute, in order."""
@@ -267,13 +291,13 @@ def _few(codes: int, size: int) -> str:
 def _check(tokenizer: ImageTokenizer, squares: np.ndarray) -> None:
     if not len(squares):
         raise DataError("an image tokeniser cannot be measured on an empty data set")
+    if tokenizer.image_size < WINDOW:
+        raise DataError(
+            f"SSIM needs pictures of at least {WINDOW}x{WINDOW}, and the tokeniser's have"
+            f" {tokenizer.image_size}: measure one of larger pictures"
+        )
     if squares.shape[1:3] != (tokenizer.image_size, tokenizer.image_size):
         raise DataError(
             f"mismatched resolutions: pictures of {squares.shape[2]}x{squares.shape[1]}, a"
             f" tokeniser of {tokenizer.image_size}x{tokenizer.image_size}: resize the pictures"
         )
-
-
-def _decode(tokenizer: ImageTokenizer, latents: Tensor) -> Tensor:
-    chunks = [tokenizer.autoencoder.decode(chunk) for chunk in latents.split(_CHUNK)]
-    return torch.cat(chunks).clamp(-1, 1)

@@ -13,6 +13,8 @@ from torch import Tensor
 from mmrdpm.errors import DataError
 from mmrdpm.metrics.interval import AT_LEAST_0, Interval, Progress, bootstrap
 
+LEAST_OF_KERNEL = 3  # pictures
+
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
     """KID: the squared MMD with the kernel `(x . y / F + 1)^3`; may be negative.
@@ -48,7 +50,16 @@ def kernel_interval(x: Tensor, y: Tensor, value: float, seed: int = 0) -> Interv
     """95% interval of `kernel_distance` over the choice of the samples `x`; `y` is given.
 
     A sample that is drawn twice is never compared with its own copy.
+
+    Raises:
+        DataError: there are fewer than three samples: of two, all resamples that tell anything are
+            alike.
     """
+    if len(x) < LEAST_OF_KERNEL:
+        raise DataError(
+            f"the interval of a kernel distance needs at least {LEAST_OF_KERNEL} pictures, not"
+            f" {len(x)}: raise the suite's counts"
+        )
     kernels, n, every = _kernels(x, y), len(x), np.ones(len(y))
 
     def resampled(chosen: np.ndarray) -> float:

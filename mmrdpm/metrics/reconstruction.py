@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+WINDOW = 11  # pixels of SSIM's window
+
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image; float32 `[B, 3, H, W]` in [-1, 1] -> `[B]`.
@@ -22,7 +24,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     Wang et al. 2004 (doi 10.1109/TIP.2003.819861), eq. 13: Gaussian window of 11 pixels with
     sigma 1.5, K1 = 0.01, K2 = 0.03, channels apart, borders left out.
     """
-    place = torch.arange(11, dtype=torch.float32) - 5
+    place = torch.arange(WINDOW, dtype=torch.float32) - WINDOW // 2
     line = torch.exp(-(place**2) / (2 * 1.5**2))
     window = (torch.outer(line, line) / line.sum() ** 2)[None, None]
 

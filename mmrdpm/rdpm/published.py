@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -167,7 +168,7 @@ def fetch(config: PublishedConfig) -> tuple[PublishedConfig, dict[str, Tensor]]:
 
 def _folder(config: PublishedConfig) -> Path:
     """Where it lies: the folder, or what the hub gave of it."""
-    folder = Path(config.diffusers).expanduser()
+    folder = Path(os.path.expanduser(config.diffusers))
     if folder.is_dir():
         folder /= config.subfolder
     elif config.diffusers.startswith((".", "~", "/")):

@@ -27,11 +27,13 @@ class Choice:
     top_p: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise UsageError(
-                f"temperature {self.temperature} and top-k {self.top_k} must be numbers, 0 or more,"
-                f" top-p {self.top_p} above 0 and at most 1"
+                f"temperature {self.temperature} must be a number, 0 or more, top-p {self.top_p}"
+                " above 0 and at most 1"
             )
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UsageError(f"top-k {self.top_k} must be a whole number, 0 or more")
 
 
 def choose(logits: Tensor, choice: Choice, generators: Sequence[torch.Generator]) -> Tensor:

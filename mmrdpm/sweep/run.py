@@ -17,12 +17,12 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmrdpm import api, checkpoint, machine, shipped
+from mmrdpm import api, checkpoint, hub, machine, shipped, text_tokenizer
 from mmrdpm import recipe as recipes
 from mmrdpm.api import Model
 from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.evaluation.figure import digest
-from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.model_recipe import ModelRecipe, Tokenizers
 from mmrdpm.objective import loss
 from mmrdpm.sampling.image import Guided
 from mmrdpm.sweep import spec
@@ -109,7 +109,7 @@ def _identity(sweep: Sweep, variant: Variant, seed: int, images: Path | None) ->
 
 
 def recipe_sha256(recipe: ModelRecipe) -> str:
-    """Of all that weights follow from besides the tokenisers and the seed."""
+    """Of all that weights follow from besides the image tokeniser and the seed."""
     content = {k: v for k, v in recipes.to_dict(recipe).items() if k not in _BESIDE}
     # lines of before there were these keys go on counting: all was scored among all
     if not recipe.train.codes_apart:
@@ -117,6 +117,9 @@ def recipe_sha256(recipe: ModelRecipe) -> str:
     for source in content["data"]["sources"].values():
         if not source["revision"]:
             del source["revision"]
+    if (text := recipe.tokenizers.text) not in ("", Tokenizers.text):
+        folder = hub.resolve("tokenizers", text, text_tokenizer.FILES)
+        content["text"] = text_tokenizer.load(folder).fingerprint()
     return digest(content)
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from mmrdpm import hub, recipe, shipped, text_tokenizer
 from mmrdpm.errors import MmrdpmError, RecipeError
+from mmrdpm.metrics.distance import LEAST_OF_KERNEL
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
@@ -52,7 +53,7 @@ class Measures:
         seed: chooses the names and draws the noise.
     """
 
-    names: int = field(default=200, metadata={"min": 2})
+    names: int = field(default=200, metadata={"min": LEAST_OF_KERNEL})
     batches: int = field(default=20, metadata={"min": 1})
     joint_steps: int = field(default=300, metadata={"min": 0})
     seed: int = field(default=0, metadata={"min": 0, "max": 2**40})

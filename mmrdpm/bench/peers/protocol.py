@@ -21,6 +21,7 @@ from mmrdpm.data.emoji_stream import latents_of
 from mmrdpm.data.pictures import to_pictures
 from mmrdpm.errors import RecipeError
 from mmrdpm.machine import Precision
+from mmrdpm.metrics.distance import LEAST_OF_KERNEL
 from mmrdpm.model_recipe import Tokenizers
 from mmrdpm.optim import OptimizerConfig
 from mmrdpm.rdpm import image_tokenizer
@@ -108,7 +109,7 @@ class Judging:
         repeats: of each timing; the median counts.
     """
 
-    concepts: int = field(default=200, metadata={"min": 2})
+    concepts: int = field(default=200, metadata={"min": LEAST_OF_KERNEL})
     guidance_scales: tuple[float, ...] = field(
         default=(1.0, 1.5, 2.0, 4.0), metadata={"min": 1.0, "max": MOST_GUIDANCE}
     )

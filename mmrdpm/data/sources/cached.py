@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmrdpm import recipe
 from mmrdpm.data.records import Broken, Indexed, Pair
+from mmrdpm.data.sources.files import at_home
 from mmrdpm.errors import DataError, RecipeError
 
 MANIFEST = "manifest.json"
@@ -82,7 +83,7 @@ class CachedLatents(Indexed):
     """
 
     def __init__(self, path: str) -> None:
-        self.folder = Path(path).expanduser()
+        self.folder = at_home(path)
         self.manifest = read_manifest(self.folder)
         paths = [shard_path(self.folder, i) for i in range(self.manifest.shards)]
         missing = sum(not path.is_file() for path in paths)

@@ -14,13 +14,18 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
+def at_home(path: str) -> Path:
+    """The path with `~` for the home it means; that of nobody stays, and is found missing."""
+    return Path(os.path.expanduser(path))
+
+
 def find(path: str, suffixes: frozenset[str]) -> list[Path]:
     """The files of a file name, a folder (searched to its depths) or a glob, sorted by name.
 
     Raises:
         DataError: there are none.
     """
-    place = Path(path).expanduser()
+    place = at_home(path)
     if place.is_dir():
         found = [p for p in _walk(place) if p.suffix.lower() in suffixes and p.is_file()]
     elif place.is_file():
@@ -53,6 +58,6 @@ def inside(folder: Path, name: str) -> Path | None:
     """The file that a name in a data set means; None if it lies outside of the folder."""
     try:
         path = (folder / name).resolve()
-    except (OSError, ValueError):  # a name too long, or with a zero byte
+    except (OSError, ValueError, RuntimeError):  # too long, with a zero byte, a link to itself
         return None
     return path if path.is_relative_to(folder.resolve()) else None

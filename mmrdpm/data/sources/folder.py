@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from mmrdpm.data.lines import MAX_BYTES, LineFiles
 from mmrdpm.data.records import Broken, Indexed, Pair
-from mmrdpm.data.sources.files import IMAGE_SUFFIXES, find, inside
+from mmrdpm.data.sources.files import IMAGE_SUFFIXES, at_home, find, inside
 from mmrdpm.errors import DataError
 
 METADATA = "metadata.jsonl"
@@ -28,7 +28,7 @@ class ImageFolder(Indexed):
     """
 
     def __init__(self, path: str, caption: str = "", template: str = "") -> None:
-        self.folder, self.template = Path(path).expanduser(), template
+        self.folder, self.template = at_home(path), template
         self.caption_keys = (caption,) if caption else _CAPTION_KEYS
         if not self.folder.is_dir():
             raise DataError(f"{path}: no such folder of images: correct the path")
@@ -70,8 +70,10 @@ class ImageFolder(Indexed):
         return Pair(name, path, captions)
 
     def fingerprint(self) -> str:
-        if self.lines:
-            return self.lines.fingerprint
+        return self.lines.fingerprint if self.lines else self._names
+
+    @cached_property
+    def _names(self) -> str:
         names = "\n".join(p.relative_to(self.folder).as_posix() for p in self.images)
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 

@@ -12,7 +12,7 @@ import huggingface_hub
 
 from mmrdpm import hub
 from mmrdpm.data.records import Broken, Indexed, Pair, Record, Sharded, Source, Text
-from mmrdpm.data.sources.files import inside
+from mmrdpm.data.sources.files import at_home, inside
 from mmrdpm.data.sources.folder import captions_of
 from mmrdpm.errors import DataError
 
@@ -98,7 +98,7 @@ def _fault(path: str, what: str, error: Exception, mend: str) -> DataError:
 
 
 def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) -> Any:
-    place = Path(path).expanduser()
+    place = at_home(path)
     saved = any((place / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if subset and (saved or place.suffix.lower() in _BUILDERS):
         raise DataError(f"{path}: has no subsets: leave out the source's key 'subset' ({subset})")
@@ -115,7 +115,8 @@ def _load(datasets: Any, path: str, subset: str, split: str, streaming: bool) ->
     if builder := _BUILDERS.get(place.suffix.lower()):
         files = {"train": str(place)}
         return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
-    return datasets.load_dataset(path, subset or None, split=split, streaming=streaming)
+    name = str(place) if place.is_dir() else path
+    return datasets.load_dataset(name, subset or None, split=split, streaming=streaming)
 
 
 def _load_revision(
@@ -177,7 +178,7 @@ def _arrange(
 
 def _local_folders(path: str) -> list[Path]:
     """The folder of a local data set; none of what lies on the hub."""
-    place = Path(path).expanduser()
+    place = at_home(path)
     if place.exists():
         return [place if place.is_dir() else place.parent]
     return sorted({Path(found).parent for found in glob.glob(str(place), recursive=True)})

@@ -79,7 +79,7 @@ class Shards(Sharded):
         try:
             try:
                 yield from self._records(url, stream)
-            except (tarfile.TarError, EOFError, ValueError, TypeError) as damage:
+            except (tarfile.TarError, EOFError, ValueError, TypeError, RecursionError) as damage:
                 _drain(stream)
                 yield Broken(url, DAMAGED_SHARD, f"{damage}; its later records are left out")
         except OSError as error:
@@ -153,7 +153,8 @@ class Shards(Sharded):
         return None if text is None else (_text(text),)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
+        names = "\n".join(self.urls).encode(errors="surrogateescape")
+        return hashlib.sha256(names).hexdigest()
 
     def __str__(self) -> str:
         more = len(self.urls) - 1
