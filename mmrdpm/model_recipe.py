@@ -130,13 +130,20 @@ def may_change(run: Path, resolved: ModelRecipe) -> frozenset[str]:
     learning rate hangs on the old one or on the new one.
 
     Raises:
-        CheckpointError: the length differs, and such an update has been made.
+        CheckpointError: the length differs, and such an update has been made; or the run was begun
+            before there was `train.codes_apart`, which now has another default.
         RecipeError: the recipe in the folder cannot be read.
     """
     path, latest = run / checkpoint.RECIPE_FILE, checkpoint.newest(run)
     if not path.exists():
         return MAY_CHANGE
-    begun = recipe.from_dict(ModelRecipe, recipe.read(path), str(path)).train
+    saved = recipe.read(path)
+    begun = recipe.from_dict(ModelRecipe, saved, str(path)).train
+    if "codes_apart" not in (saved.get("train") or {}):
+        raise CheckpointError(
+            f"{path}: train has no codes_apart, so that the run was begun without: add"
+            " codes_apart: false to its train, and resume it with train.codes_apart=false"
+        )
     plans = (begun, resolved.train)
     lengths = {(plan.steps, plan.decay) for plan in plans}
     if len(lengths) == 1 or any(plan.schedule != "wsd" for plan in plans):

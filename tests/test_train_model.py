@@ -217,6 +217,10 @@ def test_what_a_run_saves_logs_and_draws_may_change_on_the_way(tiny_recipe, tiny
     assert newest_bytes(run) == newest_bytes(tiny_run)
     with pytest.raises(CheckpointError, match=r"begun with train\.steps=12, not 13"):
         train(recipe.load(ModelRecipe, path, ["train.steps=13"]), run, resume=True)
+    del written["train"]["codes_apart"]  # as before there was the key, when all was scored together
+    (run / checkpoint.RECIPE_FILE).write_text(yaml.safe_dump(written))
+    with pytest.raises(CheckpointError, match="add codes_apart: false to its train"):
+        train(recipe.load(ModelRecipe, path), run, resume=True)
 
 
 def test_the_objective_does_not_depend_on_how_a_batch_is_split(tiny_recipe, tmp_path):
