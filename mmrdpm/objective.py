@@ -68,23 +68,22 @@ def loss(
             code, which spares the products with what cannot stand there; else all among all.
         divisor: the summed weights of the whole batch where these rows are only a part of it.
     """
-    learned = packed.targets != NO_TARGET
-    hidden = model(packed)[learned]
-    timesteps = packed.timesteps[learned]
-    columns = (hidden, timesteps, packed.targets[learned], packed.residuals[learned])
-    how = (model, z_weight)
+    learned = packed.targets.flatten() != NO_TARGET
+    kinds = [(learned, slice(0, model.code_ids.stop), soft_labels)]
     if codes_apart:
-        first, among_codes = model.code_ids.start, timesteps > 0
-        codes, text = (kind.nonzero()[:, 0] for kind in (among_codes, ~among_codes))
-        of_codes = _scored(*how, model.code_ids, soft_labels, [x[codes] for x in columns])
-        of_text = _scored(*how, slice(0, first), 0.0, [x[text] for x in columns])
-        back = torch.cat([codes, text]).argsort()  # to the order of positions
-        per_token, wanted, squared_z = (
-            torch.cat(pair)[back] for pair in zip(of_codes, of_text, strict=True)
-        )
-    else:
-        everything = slice(0, model.code_ids.stop)
-        per_token, wanted, squared_z = _scored(*how, everything, soft_labels, columns)
+        code = packed.timesteps.flatten() > 0
+        text_ids = slice(0, model.code_ids.start)
+        kinds = [(learned & code, model.code_ids, soft_labels), (learned & ~code, text_ids, 0.0)]
+    places = [kind.nonzero()[:, 0] for kind, _, _ in kinds]  # before the stack: a GPU is waited for
+    columns = (model(packed), packed.timesteps, packed.targets, packed.residuals)
+    flat = [column.flatten(0, 1) for column in columns]
+    scored = [
+        _scored(model, z_weight, ids, softness, [column.index_select(0, at) for column in flat])
+        for at, (_, ids, softness) in zip(places, kinds, strict=True)
+    ]
+    order = torch.cat(places).argsort()  # of positions
+    per_token, wanted, squared_z = (torch.cat(x)[order] for x in zip(*scored, strict=True))
+    timesteps = flat[1][learned]
     weights = _weights(timesteps, text_weight)
     if divisor is None:
         divisor = weights.sum()

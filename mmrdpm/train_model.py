@@ -101,7 +101,7 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
             if last or step % recipe.samples.every == 0:
                 dog.doing(f"drawing samples of step {step}")
                 trainer.sample(monitor)
-        trainer.writer.finish()
+        trainer.finish_writing()
     dog.stop()
     return trainer.step == plan.steps
 
@@ -150,6 +150,8 @@ class Trainer:
         if (name := recipe.model.init_from) and checkpoint.agreed(run) is None:
             self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)
         if plan.compile and self.device.type == "cuda":
+            # kernels are kept by function, not by model, and only the first eight shapes of each
+            torch.compiler.reset()
             self.transformer.compile_layers()
         self.optimizers = Optimizers(
             self.transformer, recipe.optimizer, self.dtype, width=model.width
@@ -176,8 +178,13 @@ class Trainer:
         stack = sum(
             p.numel() for part in (model.attentions, model.feed_forwards) for p in part.parameters()
         )
-        steps, table = self.images.num_timesteps, model.table.weight.numel()
-        return Meter(steps, self.device, machine.peak_rate(self.device, self.dtype), stack, table)
+        ids, width = model.table.weight.shape
+        of_text, of_code = ids, ids
+        if self.recipe.train.codes_apart:
+            of_text, of_code = model.code_ids.start, ids - model.code_ids.start
+        rate = machine.peak_rate(self.device, self.dtype)
+        weights = (stack, of_text * width, of_code * width)
+        return Meter(self.images.num_timesteps, self.device, rate, weights)
 
     def describe(self) -> str:
         """One line about the size of things."""
@@ -230,7 +237,7 @@ class Trainer:
 
     def save(self, run: Path) -> None:
         """Writes a checkpoint of the run. All ranks must call it."""
-        self.writer.finish()
+        self.finish_writing()
         step, policy, sharded = self.step, self.recipe.checkpoint, self.shards is not None
         raw = dict(self.transformer.named_parameters())
         used = distributed.gather(self.average.tensors if self.average else raw)
@@ -262,8 +269,14 @@ class Trainer:
         """See `checkpoint.save_before_fault`; what is still being written is waited for."""
         self.loader.undo()
         said = checkpoint.save_before_fault(self.step, self.saved, lambda: self.save(run))
-        self.writer.finish()
+        self.finish_writing()
         return said
+
+    def finish_writing(self) -> None:
+        """Waits for the last checkpoint; where it failed on rank 0, all ranks end. All call it."""
+        if not distributed.is_main():
+            self.writer.finish()
+        distributed.first(self.writer.finish)
 
     def _sharded(self, moments: Collection[str] = ()) -> dict[str, Tensor]:
         """What is cut over the ranks of a sharded model, by name; see `Optimizers.moments`."""
@@ -309,9 +322,7 @@ class Trainer:
         Raises:
             TrainingError: there is no checkpoint, or it has happened too often.
         """
-        if not distributed.is_main():
-            self.writer.finish()
-        distributed.first(self.writer.finish)
+        self.finish_writing()
         guard, latest = self.guard, checkpoint.agreed(run)
         if latest is None or guard.rollbacks >= guard.config.rollbacks:
             raise TrainingError(

@@ -52,11 +52,11 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
         clock.optimizer = 0.0
         trainer.figures()  # begins to count anew
         seconds = timed(lambda: [trainer.update() for _ in range(_UPDATES)])
-        tokens, targets = trainer.meter.seen()
+        tokens, operations_done = trainer.meter.done()
         measured.append(
             {
                 "matrix_flops_per_second": roof,
-                "flops_per_second": 6 * _multiplied(trainer, tokens, targets) / seconds,
+                "flops_per_second": operations_done / seconds,
                 "tokens_per_second": tokens / seconds,
                 "seconds_per_update": seconds / _UPDATES,
                 "optimizer_share": clock.optimizer / seconds,
@@ -148,11 +148,6 @@ class _Clock:
             self.optimizer += timed(lambda: step(lr))
 
         trainer.optimizers.step = timed_step  # type: ignore[method-assign]
-
-
-def _multiplied(trainer: Trainer, tokens: float, targets: float) -> float:
-    """Weights times the tokens that pass through them."""
-    return trainer.meter.stack * tokens + trainer.meter.table * targets
 
 
 def _peak_bytes(device: torch.device) -> int:

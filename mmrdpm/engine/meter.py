@@ -18,21 +18,21 @@ class Meter:
 
     Args:
         peak: floating point operations per second of one rank's device.
-        stack, table: weights that every token, and every target, is multiplied with.
+        weights: as many as every token, every text target and every code target is multiplied with.
     """
 
     def __init__(
-        self, num_timesteps: int, device: torch.device, peak: float, stack: int, table: int
+        self, num_timesteps: int, device: torch.device, peak: float, weights: tuple[int, int, int]
     ) -> None:
         self.num_timesteps, self.device, self.peak = num_timesteps, device, peak
-        self.stack, self.table = stack, table
+        self.weights = torch.tensor(weights, dtype=torch.float64)
         self._clear()
 
     def _clear(self) -> None:
         self.sums = torch.zeros(self.num_timesteps + 2, dtype=torch.float64)
         self.counts = torch.zeros_like(self.sums)
-        # useful ones, all with padding, targets: since `begun`, unlike sums and counts
-        self.tokens = torch.zeros(3, dtype=torch.float64)
+        # useful ones, text targets, code targets, all with padding: since `begun`, unlike sums
+        self.tokens = torch.zeros(4, dtype=torch.float64)
         self.waited, self.begun = 0.0, 0.0
 
     def start(self) -> float:
@@ -47,14 +47,19 @@ class Meter:
             row = (part.timesteps + 1).cpu()  # 0 is text, 1 the clean block, which has no loss
             self.sums.index_add_(0, row, part.per_token.double().cpu())
             self.counts.index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
-        targets = sum(len(part.per_token) for part in losses)
+            codes = (row > 0).sum().item()
+            self.tokens += torch.tensor([0, len(row) - codes, codes, 0])
         useful = (document_ids >= 0).sum().item()
-        self.tokens += torch.tensor([useful, document_ids.numel(), targets])
+        self.tokens += torch.tensor([useful, 0, 0, document_ids.numel()])
         self.waited += waited
 
-    def seen(self) -> tuple[float, float]:
-        """Tokens, padding left out, and targets of this rank."""
-        return self.tokens[0].item(), self.tokens[2].item()
+    def done(self) -> tuple[float, float]:
+        """Tokens of this rank, padding left out, and the floating point operations of their
+        products, forward and backward: six for each weight that one is multiplied with."""
+        return self.tokens[0].item(), self._operations(self.tokens)
+
+    def _operations(self, tokens: Tensor) -> float:
+        return 6 * (self.weights * tokens[:3]).sum().item()
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` takes: the sums of all ranks; all must call it."""
@@ -72,14 +77,15 @@ class Meter:
         elapsed = time.perf_counter() - self.begun
         means, useful = sums / counts, tokens[0].item()
         image = (sums[2:].sum() / counts[2:].sum()).item()
-        flops = 6 * (self.stack * useful + self.table * tokens[2].item())
         logged = {
             "loss/text": means[0].item(),
             "loss/image": image,
             **{f"loss/timestep_{t:02d}": means[t + 1].item() for t in self._seen(counts)},
             "tokens_per_second": useful / elapsed,
-            "useful_tokens": useful / tokens[1].clamp(min=1).item(),
-            "share_of_peak": flops / elapsed / (self.peak * distributed.world_size()),
+            "useful_tokens": useful / tokens[3].clamp(min=1).item(),
+            "share_of_peak": self._operations(tokens)
+            / elapsed
+            / (self.peak * distributed.world_size()),
             "data_wait": self.waited / elapsed,
             "peak_memory_gb": _memory(self.device) / 1e9,
         }

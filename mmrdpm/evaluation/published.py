@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrdpm import hub, machine
+from mmrdpm import hub
 from mmrdpm.api import Model
 from mmrdpm.data.pictures import contact_sheet, open_picture, stored_size
 from mmrdpm.errors import CheckpointError, DataError
@@ -294,6 +294,7 @@ class Inception:
                 )
             except RuntimeError as error:
                 raise DataError(f"{weights}: not Inception weights: {_first(error)}") from None
+        self.device = device
         self.network.to(device)
         self.protocol = {
             "evaluator": "torch-fidelity inception-v3-compat",
@@ -305,7 +306,7 @@ class Inception:
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Features:
         """uint8 `[n, 3, H, W]`."""
-        pooled, logits = self.network(pictures.to(machine.device()))
+        pooled, logits = self.network(pictures.to(self.device))
         return pooled.cpu(), logits.cpu()
 
 

@@ -114,7 +114,8 @@ def sample_images(
     groups = sampler.groups(requests)
     parts = [[requests[i] for i in group] for group in groups]
     for group, drawn in zip(groups, sampler.draw_all(parts), strict=True):
-        states[:, group] = drawn
+        own = list(dict.fromkeys(group))  # one that fills up is written once
+        states[:, own] = drawn[:, : len(own)]
     return states
 
 
