@@ -89,7 +89,7 @@ def tiny_tokenizers(tmp_path_factory):
     images = ImageTokenizer(ImageTokenizerConfig(shape, num_timesteps=3, codebook_size=16))
     images.codebook.codes.normal_()
     images.save(folder / "image")
-    text_tokenizer.train_bpe(load_emoji(8).names, 320).save(folder / "text")
+    text_tokenizer.train_bpe(load_emoji(16).names, 320).save(folder / "text")
     return folder
 
 

@@ -83,6 +83,7 @@ def test_a_bench_of_sampling_gives_figures_that_hang_together(
     monkeypatch, tiny_run, tmp_path, capsys
 ):
     monkeypatch.setattr(sample, "_BATCHES", (1, 3))
+    monkeypatch.setattr(sample, "_WIDTHS", (32, 64))
     monkeypatch.setattr(measure, "_PRODUCTS", {"cpu": (64, 1), "cuda": (64, 1)})
     monkeypatch.setattr(measure, "_READ", 2**16)
     grown = {4: Size(1, 1, side=2, width=32), 64: Size(1, 1, side=8, width=32)}

@@ -310,3 +310,39 @@ def test_paths_go_to_stdout_beside_a_bar_on_stderr(run, tiny_run, monkeypatch):
 
 def test_a_guidance_that_leaves_no_numbers_is_refused(run, tiny_run):
     assert_mistake(run("generate", "a", "--model", tiny_run, "--guidance", "1e38"), "0 to 1000")
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("--guidance", "guidance_scale", 100.0),
+        ("--temperature", "temperature", 0.0),
+        ("--top-k", "top_k", 1),
+        ("--top-p", "top_p", 0.05),
+    ],
+)
+def test_an_option_of_sampling_reaches_the_model(option, key, value, run, tiny_run, tmp_path):
+    model, path, prompt = api.load(tiny_run), tmp_path / "a.png", "a cat"
+    made = ("generate", prompt, "--model", tiny_run, "--seed", 0, "--out", path)
+    assert run(*made, option, value)[0] == 0
+    with Image.open(path) as picture:
+        drawn = np.asarray(picture)
+    wanted, plain = (model.generate([prompt], seed=0, **how)[0] for how in ({key: value}, {}))
+    assert np.array_equal(drawn, np.asarray(wanted))
+    assert not np.array_equal(drawn, np.asarray(plain))
+
+
+def test_pictures_of_one_file_name_are_numbered_and_a_late_mistake_draws_none(
+    run, tiny_run, tmp_path
+):
+    made = run("generate", "a", "b", "--n", 2, "--model", tiny_run, "--out", "x.png")
+    assert made[:2] == (0, "x-0.png\nx-1.png\nx-2.png\nx-3.png\n")
+    for wrong in (("a", " "), ("a", "--n", 2, "--seed", 2**32 - 1)):  # the second seed is too large
+        status, out, err = run("generate", *wrong, "--model", tiny_run, "--out", tmp_path / "none")
+        assert status == 1 and not out and err.count("\n") == 1
+    assert not list(tmp_path.glob("none/*.png"))
+
+
+def test_a_text_tokeniser_cannot_be_resumed(run):
+    status, _, err = run("tokenizer", "train", "emoji_bpe_4k", "--resume")
+    assert status == 1 and "leave --resume out" in err

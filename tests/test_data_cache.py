@@ -265,7 +265,7 @@ def test_training_from_a_cache_makes_fresh_codes_of_the_same_latents(
     assert len(starts) == 16  # ten pictures, drawn again from other noise
 
 
-def test_buckets_keep_aspect_ratios_and_train(folder, images, tiny_tokenizers, tmp_path):
+def test_buckets_keep_aspect_ratios(folder, images, tiny_tokenizers, tmp_path):
     assert bucket_sizes(32, 8) == [(24, 40), (32, 32), (40, 24)]
     assert nearest_size((300, 200), [(24, 40), (32, 32), (40, 24)]) == (40, 24)
     assert nearest_size((90, 100), [(24, 40), (32, 32), (40, 24)]) == (32, 32)

@@ -3,15 +3,21 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mmrdpm import recipe
 from mmrdpm.cli import main
-from mmrdpm.data.cache import bucket_sizes
+from mmrdpm.data.cache import CacheWriter, bucket_sizes
+from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.data.sources.cached import CachedLatents
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from mmrdpm.train_model import train
 
 
 def pictures(folder, *sizes):
@@ -89,3 +95,27 @@ def test_the_command_writes_oblong_buckets(tiny_tokenizers, tmp_path):
     cached = CachedLatents(str(tmp_path / "out" / "p"))
     found = {r.captions[0]: r.image.shape for r in (cached.record(i) for i in range(3))}
     assert found == {"90x50": (3, 5, 4), "50x90": (5, 3, 4), "64x60": (4, 4, 4)}
+
+
+def test_a_model_trains_on_buckets_of_several_shapes(tiny_tokenizers, tiny_recipe, tmp_path):
+    (tmp_path / "p").mkdir()
+    for i, (width, height) in enumerate([(32, 16), (16, 32), (16, 16)] * 4):
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"p/{i:02d}.png")
+        (tmp_path / f"p/{i:02d}.txt").write_text(f"number {i}")
+    images = image_tokenizer.load(tiny_tokenizers / "image")
+    source = open_source("p", SourceConfig("folder", path=str(tmp_path / "p")))
+    writer = CacheWriter(source, images, tmp_path / "c", "tiny", buckets=True)
+    writer.sizes = [(16, 16), (32, 16), (16, 32)]
+    assert not [broken for i in writer.missing() for broken in writer.write(i)[1]]
+    cached = CachedLatents(str(tmp_path / "c"))
+    assert {cached.record(i).image.shape[:2] for i in range(12)} == {(2, 2), (2, 4), (4, 2)}
+    more = [
+        f"data.sources={{c: {{type: cache, path: {tmp_path / 'c'}}}}}",
+        *("data.max_caption_tokens=16", "train.steps=4", "samples.prompts=[]"),
+        "checkpoint.log_every=1",
+    ]
+    assert train(recipe.load(ModelRecipe, tiny_recipe, more), tmp_path / "run")
+    logged = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    found = [(r["loss/image"], r["skipped_updates"]) for r in logged]
+    assert len(found) == 4 and all(np.isfinite(loss) and not bad for loss, bad in found)

@@ -189,7 +189,18 @@ def test_a_killed_rank_is_started_again_and_the_job_goes_on(shared_recipe, alone
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     said, _ = job.communicate(timeout=240)
     assert job.returncode == 0, said
+    assert said.count("2 ranks (ddp)") >= 2, said  # once a start
     assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_gradients_become_the_mean_over_ranks(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda t: t.mul_(4))  # the other's: thrice
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in ((2, 3), (4,), (1,))]
+    parameters[0].grad, parameters[1].grad = torch.arange(6.0).view(2, 3), torch.arange(4.0)
+    distributed.average_gradients(parameters)
+    assert torch.equal(parameters[0].grad, 2 * torch.arange(6.0).view(2, 3))
+    assert torch.equal(parameters[1].grad, 2 * torch.arange(4.0))
 
 
 def test_without_torchrun_everything_stays_as_it_is():

@@ -60,7 +60,7 @@ def test_every_picture_of_a_set_has_its_own_seed_stopped_or_not(tmp_path):
 
 
 def test_a_concept_is_the_name_without_its_skin_tones():
-    data = load_emoji(8)
+    data = load_emoji(16)
     assert [concept_of(name) for name in data.names] == data.concepts
     assert concept_of("waving hand medium-light skin tone") == "waving hand"
     assert concept_of("kiss person person light skin tone dark skin tone") == "kiss person person"

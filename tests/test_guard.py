@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmrdpm import recipe
+from mmrdpm import checkpoint, recipe
 from mmrdpm.engine.guard import Guard, GuardConfig
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.optim import Optimizers
@@ -21,6 +21,20 @@ def test_the_guard_knows_a_spike_from_a_bump():
     again = Guard(guard.config)
     again.restore(guard.state())
     assert again == guard
+
+
+def test_no_checkpoint_is_written_while_updates_are_bad(tiny_recipe, tmp_path, monkeypatch):
+    """The last good one is what a roll back wants."""
+    is_bad = Guard._is_bad
+    monkeypatch.setattr(
+        Guard,
+        "_is_bad",
+        lambda self, norm: self.accepted + self.skipped + 1 in (6, 7) or is_bad(self, norm),
+    )
+    more = ["train.steps=9", "checkpoint.every=1", "checkpoint.keep=99", "samples.prompts=[]"]
+    assert train(recipe.load(ModelRecipe, tiny_recipe, more), tmp_path)
+    saved = sorted(checkpoint.step_of(p) for p in tmp_path.glob("step-*.safetensors"))
+    assert saved == [1, 2, 3, 4, 5, 8, 9]
 
 
 def test_a_spike_within_a_run_is_skipped_and_the_losses_go_on(tiny_recipe, tmp_path, monkeypatch):

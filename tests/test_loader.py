@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmrdpm import shipped, text_tokenizer
+from mmrdpm import recipe, shipped, text_tokenizer
 from mmrdpm.attention.layout import BlockKind
 from mmrdpm.data import emoji_stream
 from mmrdpm.data.emoji import load_emoji
@@ -13,6 +13,7 @@ from mmrdpm.data.glosses import load_glosses
 from mmrdpm.data.loader import Loader
 from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import DataError
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.vocabulary import Vocabulary
 
@@ -138,15 +139,34 @@ def test_definitions_are_plain_sentences():
     assert len(glosses) > 10_000 and all(text.endswith(".") for text in glosses)
 
 
-def test_the_embedded_stream_is_the_one_that_the_shipped_model_was_trained_on():
-    """Recorded from the loader before there were sources: seed 0, recipes/emoji_cpu.yaml."""
+@pytest.fixture
+def first_batches(monkeypatch):
+    """Digests of the first two batches of a plan, seed 0, by the shipped tokenisers."""
+    monkeypatch.setattr(  # what is digested is the same whatever the latents
+        emoji_stream,
+        "latents_of",
+        lambda images, data: torch.zeros(len(data.names), *images.grid, images.latent_channels),
+    )
     images = image_tokenizer.load(shipped.resolve("tokenizers", "emoji-rdpm-32"))
     texts = text_tokenizer.load(shipped.resolve("tokenizers", "emoji-bpe-4k"))
     vocabulary = Vocabulary(texts.size, images.codebook_size)
-    loader = Loader(DataPlan(rows=12), 0, images, texts, vocabulary)
-    batches = [loader.batch() for _ in range(2)]
-    assert loader.state()["next_document"] == 122
-    assert [digest(batch) for batch in batches] == ["1c567dd119056262", "81f8d163b856fe1d"]
+
+    def of(plan):
+        loader = Loader(plan, 0, images, texts, vocabulary)
+        return [digest(loader.batch()) for _ in range(2)]
+
+    return of
+
+
+def test_the_embedded_stream_is_the_one_that_the_shipped_model_was_trained_on(first_batches):
+    """Recorded from the loader of the commit that trained it."""
+    plan = recipe.load(ModelRecipe, shipped.resolve("models", "emoji-tiny") / "recipe.yaml").data
+    assert plan == recipe.load(ModelRecipe, shipped.resolve("recipes", "emoji_cpu")).data
+    assert first_batches(plan) == ["228353a32ec22e05", "133907e76593d31e"]
+
+
+def test_the_embedded_stream_in_order_is_what_it_was_before_there_were_sources(first_batches):
+    assert first_batches(DataPlan(rows=12)) == ["1c567dd119056262", "81f8d163b856fe1d"]
 
 
 def digest(batch):

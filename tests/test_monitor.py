@@ -1,6 +1,8 @@
 """TensorBoard, read back, and Weights & Biases, by a module that stands in for it."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -111,3 +113,17 @@ def test_tensorboard_shows_a_run_that_went_on_once(tiny_recipe, tmp_path):
         read = {event.step: event.value for event in board.Scalars(name)}
         assert len(read) == len(board.Scalars(name)) == 6
         assert read == pytest.approx({record["step"]: record[name] for record in records})
+
+
+def test_a_second_ctrl_c_kills_and_the_handlers_come_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Monitor(tmp_path, "title", total=9) as monitor:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert monitor.stopping
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "once more to kill" in capsys.readouterr().err

@@ -65,9 +65,15 @@ def test_captions_are_padded_on_the_left_and_text_is_causal():
     ]
 
 
-def test_ours_learns_so_many_timesteps_of_a_picture(monkeypatch):
+@pytest.fixture(scope="module")
+def smoke():
+    """The shipped recipe, and what it learns from."""
     loaded = recipe.load(PeerBench, shipped.resolve("recipes", "peers/smoke"))
-    scene, learned = Scene(loaded), []
+    return loaded, Scene(loaded)
+
+
+def test_ours_learns_so_many_timesteps_of_a_picture(smoke, monkeypatch):
+    (loaded, scene), learned = smoke, []
     monkeypatch.setattr(
         ours, "loss", lambda _, packed, **__: learned.append(packed) or SimpleNamespace(total=0)
     )
@@ -79,9 +85,8 @@ def test_ours_learns_so_many_timesteps_of_a_picture(monkeypatch):
         assert len(timesteps) == 3 * of_a_picture * positions and timesteps.min() >= 1
 
 
-def test_ours_in_rows_of_several_pictures_learns_what_it_learns_one_by_one(monkeypatch):
-    loaded = recipe.load(PeerBench, shipped.resolve("recipes", "peers/smoke"))
-    scene = Scene(loaded)
+def test_ours_in_rows_of_several_pictures_learns_what_it_learns_one_by_one(smoke, monkeypatch):
+    loaded, scene = smoke
     batch = scene.batch(seed=0, step=0, size=21)
     peer = ours.Ours(loaded.ours, scene)
 

@@ -85,7 +85,8 @@ def test_the_command_runs_all_peers_and_goes_on_where_it_was(command, tmp_path, 
     assert plan["search"][f"{plan['lr']:g}"] == min(plan["search"].values())
     results = json.loads((out / "flow" / "results.json").read_text())
     spent = results["curve"][-1]["flops"]
-    assert abs(spent - 2e7) <= plan["flops_per_update"]
+    flow = json.loads((out / "flow" / "plan.json").read_text())
+    assert abs(spent - 2e7) <= flow["flops_per_update"]
     assert len(results["curve"]) == 2
     timing = json.loads((out / "timing.json").read_text())
     drawn = [(e["peer"], e["steps"]) for e in timing["sampling"]]

@@ -51,7 +51,7 @@ def make_model(folder, tied=True, shard="1GB", **changes):
             size = 0.3 if "norm" in name else 0.15
             parameter.add_(size * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size=shard)
-    texts = text_tokenizer.train_bpe(load_emoji(8).names, 320)
+    texts = text_tokenizer.train_bpe(load_emoji(16).names, 320)
     texts.model.add_special_tokens([ADDED[0]])
     texts.model.add_tokens([ADDED[1]])
     texts.save(folder)

@@ -1,12 +1,18 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from mmrdpm import text_tokenizer
+import mmrdpm
+from mmrdpm import recipe, text_tokenizer
+from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.data.texts import TextPlan, read_texts
 from mmrdpm.errors import CheckpointError, DataError
+from mmrdpm.export import export
+from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.train_model import train
 from mmrdpm.train_tokenizer import TextTokenizerRecipe, train_text
 
 CORPUS = ["the quick brown fox", "a red heart, a blue heart"] * 20
@@ -99,3 +105,19 @@ def test_a_long_text_is_learned_from_too(kind):
     long = " ".join(f"zyzzyva {i}" for i in range(2000))  # over 4,192 bytes
     train = {"bpe": text_tokenizer.train_bpe, "sentencepiece": text_tokenizer.train_sentencepiece}
     assert len(train[kind]([long], 300).encode("zyzzyva")) == 1
+
+
+def test_a_model_on_a_sentencepiece_tokeniser_goes_on_and_is_exported(tiny_recipe, tmp_path):
+    text_tokenizer.train_sentencepiece(load_emoji(16).names, 600).save(tmp_path / "text")
+    more = [f"tokenizers.text={tmp_path / 'text'}", "train.steps=4", "checkpoint.every=2"]
+    loaded = recipe.load(ModelRecipe, tiny_recipe, [*more, "samples.prompts=[]"])
+    run = tmp_path / "run"
+    assert train(loaded, run)
+    last = run / "step-0000004.safetensors"
+    whole = last.read_bytes()
+    last.unlink()
+    assert train(loaded, run, resume=True)
+    assert torch.cuda.is_available() or last.read_bytes() == whole  # promised for CPUs alone
+    made = export(run, tmp_path / "small")
+    assert [p.name for p in (made / "tokenizers/text").iterdir()] == ["tokenizer.model"]
+    assert mmrdpm.load(made).complete("red", max_tokens=3).startswith("red")

@@ -162,7 +162,8 @@ def test_two_ranks_train_the_tokeniser_of_one_process(full_recipe, tmp_path, mon
         assert rank.returncode == 0, said
     for one, two in zip(losses(tmp_path / "alone"), losses(run), strict=True):
         assert one.keys() == two.keys()
-        same = {"loss/autoencoder", "loss/codebook", "loss/decoder"} & one.keys()
+        parts = ("autoencoder", "codebook", "decoder", "discriminator")
+        same = {f"loss/{part}" for part in parts} & one.keys()
         assert {n: two[n] for n in same} == pytest.approx({n: one[n] for n in same}, rel=5e-3)
 
 

@@ -55,7 +55,7 @@ class EmojiData:
         return [i for i, tone in enumerate(self.tones) if not tone]
 
 
-@lru_cache(maxsize=3)  # it takes seconds, and one process asks again and again
+@lru_cache(maxsize=4)  # it takes seconds, and one process asks again and again
 def load_emoji(size: int = 32) -> EmojiData:
     """All named Twemoji at `size` x `size` pixels (72 is the pictures' own size).
 

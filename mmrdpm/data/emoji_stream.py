@@ -26,13 +26,11 @@ class EmojiStream:
 
     def __init__(self, seed: int, drafter: Drafter, image_tokenizer: ImageTokenizer) -> None:
         self.seed, self.drafter, self.plan = seed, drafter, drafter.plan
-        encode = drafter.texts.encode
         data = load_emoji(image_tokenizer.image_size)
         self.concepts = _variants(data)
-        self.captions = [tuple(encode(name)) for name in data.names]
+        self.captions = [tuple(drafter.texts.encode(name)) for name in data.names]
         glosses = load_glosses()
-        capitalised = [text[:1].upper() + text[1:] for text in glosses]
-        self.texts = [tuple(encode(text)) for text in glosses + capitalised]
+        self.texts = glosses + [text[:1].upper() + text[1:] for text in glosses]
         self.latents = latents_of(image_tokenizer, data).numpy()
 
     def describe(self) -> str:
@@ -53,7 +51,8 @@ class EmojiStream:
         random, plan = np.random.default_rng((self.seed, index)), self.plan
         task = random.random()
         if task >= plan.image_share + plan.caption_share:
-            return self.drafter.text(self.texts[random.integers(len(self.texts))])
+            text = self.texts[random.integers(len(self.texts))]
+            return self.drafter.text(tuple(self.drafter.texts.encode(text)))
         concept = self.concepts[random.integers(len(self.concepts))]
         image = concept[0] if random.random() < 0.5 else concept[random.integers(len(concept))]
         caption, noise_seed = self.captions[image], int(random.integers(2**62))
