@@ -74,7 +74,8 @@ def loss(
         code = packed.timesteps.flatten() > 0
         text_ids = slice(0, model.code_ids.start)
         kinds = [(learned & code, model.code_ids, soft_labels), (learned & ~code, text_ids, 0.0)]
-    places = [kind.nonzero()[:, 0] for kind, _, _ in kinds]  # before the stack: a GPU is waited for
+    # nonzero waits for what a GPU still does, so before the stack is handed to it
+    places = [kind.nonzero()[:, 0] for kind, _, _ in kinds]
     columns = (model(packed), packed.timesteps, packed.targets, packed.residuals)
     flat = [column.flatten(0, 1) for column in columns]
     scored = [

@@ -64,7 +64,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except _NO_YAML as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path}: not valid YAML: {_why(error)}") from None
     if mapping is None:
         mapping = {}
     if not isinstance(mapping, dict):
@@ -114,7 +114,7 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Strict)
     except _NO_YAML as error:
-        why = " ".join(str(error).split())
+        why = _why(error)
         raise RecipeError(f"override {override!r}: the value is not valid YAML: {why}") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -125,6 +125,13 @@ def _override(mapping: dict[str, Any], override: str) -> None:
         if not isinstance(mapping, dict):
             raise RecipeError(f"override {override!r}: {parent!r} holds no keys of its own")
     mapping[_known_as(mapping, last)] = value
+
+
+def _why(error: Exception) -> str:
+    """What the loader raised, in one line."""
+    said = " ".join(str(error).split())
+    of_tag = isinstance(error, (LookupError, AttributeError, TypeError))
+    return f"a tag (!!bool, !!int, ...) does not fit its value: {said}" if of_tag else said
 
 
 def _known_as(mapping: dict[Any, Any], key: str) -> Any:

@@ -97,6 +97,11 @@ def test_a_part_can_be_merged_into_another(tmp_path):
         recipe.read(write(tmp_path, text.replace("y: 3", "y: 3, y: 4")))
 
 
+def test_a_tag_that_does_not_fit_is_told(tmp_path):
+    with pytest.raises(RecipeError, match=r"a tag .* does not fit its value: 'foo'"):
+        recipe.read(write(tmp_path, "key: !!bool foo\n"))
+
+
 ODD = ["2024-13-01", "0x_", "[" * 3000, "!!bool foo", "!!timestamp foo", "!!int ''"]
 
 

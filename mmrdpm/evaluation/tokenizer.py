@@ -31,7 +31,7 @@ from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.rdpm.trajectory import walk
 from mmrdpm.text_tokenizer import TextTokenizer
 
-_PIXELS = 2**18  # at once: an autoencoder of the usual size takes some 700 bytes for each
+_PIXELS = 2**18  # at once: 256 pictures of 32x32, four of 256x256
 _SHOWN = 12  # pictures in the report
 _PLENTY = 4  # codes seen for each of a codebook: equal use of them all would show 88%
 WAYS = ("autoencoder", "codes")
