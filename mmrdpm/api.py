@@ -26,7 +26,7 @@ from mmrdpm import checkpoint, machine, recipe, shipped, text_tokenizer, weights
 from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.pictures import to_pictures, to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, length, pack
-from mmrdpm.errors import CheckpointError, RecipeError, UsageError
+from mmrdpm.errors import CheckpointError, DamagedError, RecipeError, UsageError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.rdpm.soft_labels import lengthening
@@ -63,13 +63,15 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     sampling = recipe.from_dict(Guided, mapping.get("sampling") or {}, f"{spec}: sampling")
     data, train = mapping.get("data"), mapping.get("train")
     context = data.get("seq_len") if isinstance(data, dict) else None
-    if not isinstance(context, int):
-        raise CheckpointError(f"{spec}: data.seq_len must be an integer: the recipe is damaged")
+    if type(context) is not int or context < 1:
+        raise CheckpointError(
+            f"{spec}: data.seq_len must be an integer, 1 or more: the recipe is damaged"
+        )
     # recipes of before labels could be soft have no such key, but all have the section
     soft_labels: Any = train.get("soft_labels", 0.0) if isinstance(train, dict) else None
-    if type(soft_labels) not in (int, float) or not 0 <= soft_labels < math.inf:
+    if type(soft_labels) not in (int, float) or not 0 <= soft_labels < 1e30:
         raise CheckpointError(
-            f"{spec}: train.soft_labels must be a number, 0 or more: the recipe is damaged"
+            f"{spec}: train.soft_labels must be a number from 0 to 1e30: the recipe is damaged"
         )
     images = image_tokenizer.load(folder / IMAGE_TOKENIZER)
     texts = text_tokenizer.load(folder / TEXT_TOKENIZER)
@@ -135,7 +137,10 @@ def check_identity(path: Path, images: ImageTokenizer, texts: TextTokenizer) -> 
     """Raises CheckpointError unless the weights at `path` belong to the tokenizers."""
     check_vocabulary(path, Vocabulary(texts.size, images.codebook_size))
     saved, here = weights.metadata(path), identity(images, texts)
-    for kind, known in saved.get("tokenizers", {}).items():
+    tokenizers = saved.get("tokenizers", {})
+    if not isinstance(tokenizers, dict) or not all(isinstance(h, str) for h in tokenizers.values()):
+        raise DamagedError(f"{path}: its header does not tell its tokenisers: get a good copy")
+    for kind, known in tokenizers.items():
         if here["tokenizers"].get(kind) != known:
             raise CheckpointError(
                 f"{path}: the weights were trained with another {kind} tokeniser (SHA-256"
@@ -172,7 +177,7 @@ class Model:
         return replace(self, transformer=self.transformer.to(device), images=self.images.to(device))
 
     def generate(
-        self, prompts: Sequence[str], seed: int | Sequence[int] = 0, n: int = 1, **how: float
+        self, prompts: Sequence[str], seed: int | Sequence[int] = 0, n: int = 1, **how: float | str
     ) -> list[Image.Image]:
         """Draws `n` pictures per prompt, in the prompts' order.
 
@@ -190,16 +195,19 @@ class Model:
         """
         if isinstance(prompts, str):
             raise UsageError("generate takes a list of prompts: put the text in [brackets]")
-        if n < 1:
-            raise UsageError(f"n is {n}: draw at least 1 picture per prompt")
+        _check_count("n", n)
         seeds = _seeds(seed, len(prompts))
         if not prompts:
             return []
         drawn = [(p, s + j) for p, s in zip(prompts, seeds, strict=True) for j in range(n)]
         return to_pictures(self.images.decode_latents(self._states(drawn, **how)[0]))
 
-    def trace(self, prompt: str, seed: int = 0, **how: float) -> list[Image.Image]:
-        """The picture after every step, from `x_T` (noise) to `x_0` (what `generate` gives)."""
+    def trace(self, prompt: str, seed: int = 0, **how: float | str) -> list[Image.Image]:
+        """The picture after every step, from `x_T` (noise) to `x_0` (what `generate` gives).
+
+        Raises:
+            UsageError: as `generate`.
+        """
         states = self._states([(prompt, seed)], **how)[:, 0]
         return to_pictures(self.images.decode_latents(states.flip(0)))
 
@@ -210,6 +218,9 @@ class Model:
 
         Args:
             seed: of the noise, one for all pictures or one for each.
+
+        Raises:
+            UsageError: there are other things than pictures, or seeds for some of them only.
         """
         seeds = _seeds(seed, len(_pictures(images)))
         pairs = zip(images, seeds, strict=True)
@@ -217,7 +228,11 @@ class Model:
         return to_pictures(self.images.decode_latents(torch.stack(latents))) if latents else []
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """The likeliest text for each picture, token by token, of at most 48 tokens."""
+        """The likeliest text for each picture, token by token, of at most 48 tokens.
+
+        Raises:
+            UsageError: there are other things than pictures.
+        """
         documents = [self._looked_at(image) for image in _pictures(images)]
         return [self._continue(document, _LONGEST_CAPTION).strip() for document in documents]
 
@@ -229,10 +244,11 @@ class Model:
         Raises:
             UsageError: the text is empty or longer than the context, or a number is out of range.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"{text!r:.40} is no text: give one to complete")
         if not text:
             raise UsageError("the text to complete is empty: give at least one character")
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1")
+        _check_count("max_tokens", max_tokens)
         read = self.texts.encode(text)
         segment = TextSegment((self.vocabulary.bos, *read))
         if len(segment.token_ids) >= self.context:
@@ -254,7 +270,7 @@ class Model:
         document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
         return text_log_likelihood(self.transformer, self._pack(document), len(ids))
 
-    def _states(self, drawn: Sequence[tuple[str, int]], **how: float) -> Tensor:
+    def _states(self, drawn: Sequence[tuple[str, int]], **how: float | str) -> Tensor:
         """The states of one image per prompt and seed, `[T + 1, B, *grid, C]`."""
         try:
             guided = replace(self.sampling, **how)  # type: ignore[arg-type]
@@ -310,6 +326,8 @@ class Model:
         Raises:
             UsageError: it is empty or too long.
         """
+        if not isinstance(prompt, str):
+            raise UsageError(f"the prompt {prompt!r:.40} is no text: say in words what to draw")
         if not prompt.strip():
             raise UsageError("the prompt is empty: say what to draw")
         ids = tuple(self.texts.encode(prompt))
@@ -336,6 +354,11 @@ def check_seed(seed: int) -> int:
     if not 0 <= whole <= _MAX_SEED:
         raise UsageError(f"seed {seed}: it must be a whole number between 0 and {_MAX_SEED}")
     return whole
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} is {value!r}: it must be a whole number, at least 1")
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

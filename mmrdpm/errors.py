@@ -5,6 +5,21 @@ The line says what is wrong, where (file, key or record), and how to mend it.
 
 from __future__ import annotations
 
+import unicodedata
+
+_STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode
+_JOINER = "\u200d"  # inside of many an emoji
+
+
+def printable(text: str) -> str:
+    """The text as one line for a terminal: what would steer it, or break the line, as escapes."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _STEERING and character != _JOINER
+        else character
+        for character in text
+    )
+
 
 class MmrdpmError(Exception):
     """A mistake that the user can mend; never raised for a bug of ours."""

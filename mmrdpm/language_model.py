@@ -24,6 +24,7 @@ from mmrdpm.vocabulary import Vocabulary
 
 CONFIG_FILE = "config.json"
 _SPARE_ROWS = 1024  # that a table may have beyond its tokeniser: they are padded for speed
+_MOST_ROPE_BASE = 1e12
 _SPREAD = 0.1  # of new rows around the mean of the old ones, as a share of the old ones' own
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -168,7 +169,9 @@ class LanguageModel:
         return values * self._get("model.embed_tokens.weight").square().mean().sqrt()
 
     def _get(self, name: str) -> Tensor:
-        return weights.tensor(self._files[name], name).float()
+        tensor = weights.tensor(self._files[name], name)
+        weights.check_number(tensor, name, self._files[name], torch.float32)
+        return tensor.float()
 
 
 def convert(name: str, shape: Qwen3Config, get: Callable[[str], Tensor]) -> Tensor:
@@ -236,7 +239,7 @@ def _transformer_config(shape: Qwen3Config, rope_base: float) -> TransformerConf
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be read ({reason}): get a good copy") from None
     if not isinstance(raw, dict):
@@ -282,9 +285,9 @@ def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 def _rope_base(raw: dict[str, Any], path: Path) -> float:
     """Beside the other keys in older versions; their default where it is nowhere."""
     base = _rope(raw, path).get("rope_theta", raw.get("rope_theta", 10_000.0))
-    if not (isinstance(base, (int, float)) and base >= 1):
+    if not (isinstance(base, (int, float)) and 1 <= base <= _MOST_ROPE_BASE):
         raise CheckpointError(
-            f"{path}: rope_theta is {base!r}, not a number from 1: get a good copy"
+            f"{path}: rope_theta is {base!r}, not a number from 1 to 1e12: get a good copy"
         )
     return float(base)
 

@@ -25,6 +25,7 @@ from mmrdpm.errors import RecipeError
 T = TypeVar("T")
 
 
+_MOST = 2**31 - 1  # of an integer whose field says no other
 _MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
 # what the loader raises of odd dates, numbers, tags and depths
 _NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
@@ -119,11 +120,11 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         parent = _known_as(mapping, parent)
-        if mapping.get(parent) is None:
-            mapping[parent] = {}
-        mapping = mapping[parent]
-        if not isinstance(mapping, dict):
+        inner = mapping.get(parent)
+        if not isinstance(inner, (dict, type(None))):
             raise RecipeError(f"override {override!r}: {parent!r} holds no keys of its own")
+        mapping[parent] = dict(inner or {})  # a copy: by an alias it may stand elsewhere too
+        mapping = mapping[parent]
     mapping[_known_as(mapping, last)] = value
 
 
@@ -218,6 +219,8 @@ def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
 
 
 def _check_range(value: Any, bounds: Mapping[str, Any], where: str, key: str) -> None:
+    if type(value) is int and "min" in bounds:
+        bounds = {"max": _MOST, **bounds}
     if isinstance(value, tuple):
         for place, item in enumerate(value):
             _check_range(item, bounds, where, f"{key}[{place}]")

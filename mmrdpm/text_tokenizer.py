@@ -22,6 +22,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mmrdpm.errors import CheckpointError, DataError, RecipeError
 
 _LONGEST_TEXT = 2**30  # bytes; SentencePiece would leave out longer than 4,192 without a word
+_SPARE_IDS = 1024  # that the numbering of tokens may leave out
+_PROBE_CODES = (
+    *(*range(0xC0), *range(0xC0, 0x800, 0x40)),
+    *(0x800, *range(0x1000, 0xD001, 0x1000), 0xE000, 0xF000),
+    *range(0x10000, 0x100001, 0x30000),
+)
+_PROBE = "".join(map(chr, _PROBE_CODES))  # has every byte that UTF-8 has
 FILES = ("tokenizer.json", "tokenizer.model")
 """What a text tokeniser's folder holds, one of the two."""
 
@@ -62,6 +69,10 @@ class TextTokenizer(ABC):
             ) from None
         return self._encode(text)
 
+    def normalised(self, text: str) -> str:
+        """What a text comes back as."""
+        return text
+
     def fingerprint(self) -> str:
         """SHA-256 of the model file, as hexadecimal digits."""
         return hashlib.sha256(self.serialise()).hexdigest()
@@ -93,6 +104,10 @@ class BPE(TextTokenizer):
 
     def serialise(self) -> bytes:
         return self.model.to_str(pretty=True).encode()
+
+    def normalised(self, text: str) -> str:
+        normaliser = self.model.normalizer
+        return normaliser.normalize_str(text) if normaliser else text
 
     def _encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
@@ -143,9 +158,12 @@ class SentencePiece(TextTokenizer):
 def _without_added_tokens(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The same tokeniser, to which text that looks like an added token is plain text.
 
-    Texts keep their length too: a file may say that they are cut, or filled up.
+    Texts keep their length too, and are always the same ids: a file may say that they are cut, or
+    filled up, or that merges are dropped at random.
     """
     spec = {**json.loads(model.to_str()), "added_tokens": [], "truncation": None, "padding": None}
+    if "dropout" in spec["model"]:
+        spec["model"]["dropout"] = None
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
@@ -153,7 +171,7 @@ def load(folder: Path) -> TextTokenizer:
     """The text tokeniser saved in a folder.
 
     Raises:
-        CheckpointError: there is none, or its file is damaged.
+        CheckpointError: there is none, its file is damaged, or texts do not survive it.
     """
     bpe, piece = folder / BPE.file_name, folder / SentencePiece.file_name
     path = bpe if bpe.is_file() else piece
@@ -163,12 +181,36 @@ def load(folder: Path) -> TextTokenizer:
             " no text tokeniser: name another"
         )
     try:
-        if path == bpe:
-            return BPE(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        return SentencePiece(path.read_bytes())
+        found = _bpe(path.read_text(encoding="utf-8")) if path == bpe else _piece(path)
+        expected, back = found.normalised(_PROBE), found.decode(found.encode(_PROBE))
     except Exception as error:  # both libraries raise bare exceptions for a damaged file
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path}: not a readable text tokeniser: {reason}") from None
+    if back != expected:
+        pairs = zip(expected, f"{back}\0", strict=False)
+        lost = next((a for a, b in pairs if a != b), expected[-1:])
+        raise CheckpointError(
+            f"{path}: texts do not survive it, such as those with {lost!r}: take a byte-level BPE,"
+            " or SentencePiece with byte fallback and no normalisation"
+        )
+    return found
+
+
+def _bpe(content: str) -> BPE:
+    """Raises ValueError for token ids so large that tables of all ids would not fit anywhere."""
+    spec = json.loads(content)
+    vocabulary = spec["model"]["vocab"]
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids |= {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
+    most = max(len(ids), len(vocabulary)) + _SPARE_IDS
+    for token, number in ids.items():
+        if number >= most:
+            raise ValueError(f"token {token!r} has id {number}, but there are only {len(ids)}")
+    return BPE(tokenizers.Tokenizer.from_str(content))
+
+
+def _piece(path: Path) -> SentencePiece:
+    return SentencePiece(path.read_bytes())
 
 
 def _from_the_first_word(texts: Iterable[str]) -> Iterator[str]:

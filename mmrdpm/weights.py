@@ -18,6 +18,7 @@ from mmrdpm.distributed import shard_like
 from mmrdpm.errors import CheckpointError, DamagedError
 
 _METADATA = "mmrdpm"  # the one key of the header under which our metadata lie, as JSON
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCALE = ".int8_scale"  # behind the name of a matrix that is kept in int8: a factor for each row
 
 
@@ -88,7 +89,11 @@ def tensor(path: Path, name: str) -> Tensor:
 
 
 def _names(file: Any) -> list[str]:
-    return [name for name in file.keys() if not name.endswith(_SCALE)]  # noqa: SIM118
+    names = set(file.keys())
+    for name in sorted(names):
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) not in names:
+            raise ValueError(f"{name!r} are factors of no tensor")
+    return sorted(name for name in names if not name.endswith(_SCALE))
 
 
 def _read(file: Any, name: str) -> Tensor:
@@ -96,7 +101,8 @@ def _read(file: Any, name: str) -> Tensor:
     if name + _SCALE not in file.keys():  # noqa: SIM118
         return tensor
     scale = file.get_tensor(name + _SCALE)
-    if tensor.dtype != torch.int8 or scale.shape != tensor.shape[:1]:
+    whole = tensor.dtype == torch.int8 and tensor.ndim == 2 and scale.dtype == torch.float32
+    if not whole or scale.shape != tensor.shape[:1]:
         raise ValueError(f"tensor {name!r} does not fit its factors")
     return tensor.float() * scale[:, None]
 
@@ -132,8 +138,8 @@ def load_into(module: nn.Module, path: Path) -> None:
     """Fills a module with the tensors of a file, cast to the module's dtypes.
 
     Raises:
-        CheckpointError: as `load`, or the names or shapes differ from the module's, or a number
-            is not finite.
+        CheckpointError: as `load`, or the names, shapes or kinds of numbers differ from the
+            module's, or a number is not finite.
     """
     tensors, _ = load(path)
     expected = module.state_dict()
@@ -146,8 +152,22 @@ def load_into(module: nn.Module, path: Path) -> None:
                 f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs"
                 f" {list(tensor.shape)}: it is of another model"
             )
-    check_finite(tensors, path)
+        check_number(tensors[name], name, path, tensor.dtype)
     fill(module, tensors)
+
+
+def check_number(tensor: Tensor, name: str, path: Path, dtype: torch.dtype) -> None:
+    """Raises CheckpointError unless a tensor's numbers are of a kind that weights have, and finite.
+
+    Args:
+        dtype: that it is cast to.
+    """
+    if tensor.dtype not in _FLOATS and (dtype.is_floating_point or tensor.is_floating_point()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} is of {kind}, which weights are not: get a good copy"
+        )
+    check_finite({name: tensor.to(dtype)}, path)
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

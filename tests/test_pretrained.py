@@ -338,6 +338,7 @@ MLP = "model.layers.1.mlp.up_proj.weight"
         (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is 'yarn'"),
         (config(rope_parameters="default"), "rope_parameters is no mapping"),
         (config(rope_parameters={"rope_theta": "big"}), "rope_theta is 'big'"),
+        (config(rope_parameters={"rope_theta": 10**400}), "not a number from 1 to 1e12"),
         (config(head_dim=15), "a head has 15 channels"),
         (config(hidden_size="32"), "hidden_size must be an integer"),
         (config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),

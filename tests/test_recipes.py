@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from tokenizers import models
+from tokenizers import decoders, models, pre_tokenizers
 
 from mmrdpm import hub, recipe, shipped
 from mmrdpm.api import build
@@ -110,8 +110,12 @@ def offline(monkeypatch, tmp_path):
         folder = tmp_path / name
         if not folder.is_dir():
             folder.mkdir(parents=True)
-            vocabulary = {f"{i:x}": i for i in range(TEXT_IDS[name])}
+            letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+            fillers = [f"<{i}>" for i in range(TEXT_IDS[name] - len(letters))]
+            vocabulary = {token: i for i, token in enumerate([*letters, *fillers])}
             model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+            model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            model.decoder = decoders.ByteLevel()
             model.save(str(folder / "tokenizer.json"))
         return folder
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmrdpm import api, recipe, shipped
-from mmrdpm.errors import MmrdpmError, RecipeError
+from mmrdpm.errors import MmrdpmError, RecipeError, printable
 
 Commands = Any
 """What `ArgumentParser.add_subparsers` gives."""
@@ -29,10 +29,11 @@ def status_of(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except MmrdpmError as error:
-        print(f"mmrdpm: error: {error}", file=sys.stderr)
+        print(f"mmrdpm: error: {printable(str(error))}", file=sys.stderr)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"mmrdpm: error: {place}{error.strerror or error}", file=sys.stderr)
+        said = printable(f"{place}{error.strerror or error}")
+        print(f"mmrdpm: error: {said}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"mmrdpm: error: {full_gpu(error)}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:

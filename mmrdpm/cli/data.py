@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from mmrdpm.data.images import without_captions
 from mmrdpm.data.inspect import guess, inspect
 from mmrdpm.data.records import Indexed, Source
 from mmrdpm.data.sources import SourceConfig, open_source
-from mmrdpm.errors import DataError, MmrdpmError, UsageError
+from mmrdpm.errors import DataError, MmrdpmError, UsageError, printable
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe
@@ -54,7 +53,7 @@ def data_inspect(options: argparse.Namespace) -> None:
         print(f"{name}: {config.type}{size}")
         findings = inspect(source, options.n)
         for line in [*findings.lines, *findings.summary()]:
-            print(f"  {line}")
+            print(f"  {printable(line)}")
         if options.out and (sheet := findings.sheet()):
             options.out.mkdir(parents=True, exist_ok=True)
             path = options.out / f"{name}.png"
@@ -149,7 +148,7 @@ def _fill(
     name: str, writer: CacheWriter, options: argparse.Namespace, max_broken_share: float
 ) -> None:
     """Makes this process's share of the missing shards; tells what was left out, and why."""
-    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = distributed.rank(), distributed.world_size()
     mine = range(rank, writer.manifest.shards, world_size)
     missing = [i for i in writer.missing() if i in mine]
     make = writer.write_by_ray if options.ray else lambda shards: map(writer.write, shards)
@@ -159,7 +158,7 @@ def _fill(
         for done, (kept, skipped) in enumerate(make(missing), start=1):
             advance()
             for record in skipped:
-                print(record, file=sys.stderr)
+                print(printable(str(record)), file=sys.stderr)
             counts.add(kept + len(skipped), skipped, done)
     if not writer.missing():  # of all processes, whoever made which
         seen, broken = writer.totals()

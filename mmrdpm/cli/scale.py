@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from mmrdpm import recipe
 from mmrdpm.cli.common import Commands, command, count, recipe_file, recipe_options
 from mmrdpm.doctor import examine
 from mmrdpm.model_recipe import ModelRecipe
-from mmrdpm.plan import lines, make_plan
+from mmrdpm.plan import Kind, lines, make_plan
 
 
 def add(commands: Commands) -> None:
@@ -17,8 +18,9 @@ def add(commands: Commands) -> None:
     p = command(commands, plan_command, "plan")
     recipe_options(p)
     p.add_argument("--gpus", type=count, default=1, metavar="N", help="or processes on the CPU")
-    kinds = ("cpu", "h100", "h200", "a100")
-    p.add_argument("--kind", choices=kinds, default="h100", help="of machine; default: h100")
+    p.add_argument(
+        "--kind", choices=get_args(Kind), default="h100", help="of machine; default: h100"
+    )
     p = command(commands, doctor_command, "doctor")
     p.add_argument("recipe", nargs="?", metavar="RECIPE", help="file, or name of a shipped recipe")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="as in train.lr=1e-3")

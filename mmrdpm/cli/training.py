@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,12 @@ def tokenizer_train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(function, loaded, options: argparse.Namespace, command: str) -> int:  # type: ignore[no-untyped-def]
+def _train(
+    function: Callable[[Any, Path, bool], bool],
+    loaded: ModelRecipe | ImageTokenizerRecipe,
+    options: argparse.Namespace,
+    command: str,
+) -> int:
     run = options.run or Path("runs") / Path(options.recipe).stem
     finished = function(loaded, run, options.resume)
     if distributed.is_main() and finished:

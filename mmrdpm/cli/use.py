@@ -16,7 +16,7 @@ from rich.progress import Progress
 from mmrdpm import api
 from mmrdpm.cli.common import Commands, command, count, model_option
 from mmrdpm.data.pictures import contact_sheet, open_picture, save_picture, to_square
-from mmrdpm.errors import UsageError
+from mmrdpm.errors import UsageError, printable
 
 _AT_ONCE = 128  # pictures drawn before they are saved: whole groups, of whatever device
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -142,4 +142,4 @@ def _slug(prompt: str) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.splitlines())
+    return printable(" ".join(text.splitlines()))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrdpm.data.records import DAMAGED_SHARD, Broken, Sharded, Source
-from mmrdpm.errors import DataError
+from mmrdpm.errors import DataError, printable
 
 _AT_LEAST = 1000  # records before a share of broken ones means anything
 _SHARDS_AT_LEAST = 100
@@ -60,7 +60,8 @@ class SkippedLog:
         for record in (s.record for s in skipped if s.record.cause == DAMAGED_SHARD):
             if record.key not in self._told:
                 self._told.add(record.key)
-                print(f"mmrdpm: warning: {record.key}: damaged: {record.detail}", file=sys.stderr)
+                said = printable(f"{record.key}: damaged: {record.detail}")
+                print(f"mmrdpm: warning: {said}", file=sys.stderr)
 
     def named(self, error: DataError) -> DataError:
         """What stops a run, with the place where its cause is listed, if there is one."""

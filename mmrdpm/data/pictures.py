@@ -69,7 +69,7 @@ def _opened(source: Path | IO[bytes], where: str) -> Iterator[Image.Image]:
     """The picture, its header read; whatever fails within is a PictureError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of Pillow, about the file: what counts it raises
             with Image.open(source, formats=_formats()) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     size = f"{picture.width}x{picture.height}"
@@ -131,6 +131,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         grey = np.asarray(picture, dtype=np.float64) / 257
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "La":
+        picture = picture.convert("LA")
     rgba = picture.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")

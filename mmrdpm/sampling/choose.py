@@ -20,6 +20,9 @@ class Choice:
         temperature: 0 takes the likeliest id.
         top_k: keep the k likeliest ids, 0 keeps all.
         top_p: keep the likeliest ids that together reach this probability, 1 keeps all.
+
+    Raises:
+        UsageError: a number is out of range.
     """
 
     temperature: float = field(default=1.0, metadata={"min": 0.0})
@@ -27,7 +30,8 @@ class Choice:
     top_p: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+        numbers = all(isinstance(x, (int, float)) for x in (self.temperature, self.top_p))
+        if not numbers or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise UsageError(
                 f"temperature {self.temperature} must be a number, 0 or more, top-p {self.top_p}"
                 " above 0 and at most 1"
@@ -60,7 +64,7 @@ def choose(logits: Tensor, choice: Choice, generators: Sequence[torch.Generator]
 
 
 def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The logits with all ids that top-k and top-p drop at minus infinity."""
+    """The logits `[..., V]` with all ids that top-k and top-p drop at minus infinity."""
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -10,7 +10,7 @@ DIR/shard-00000.safetensors   latents/HxW   float16 [n, H, W, C], a tensor per b
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ class Manifest:
     autoencoder: str
     tokenizer: str
     source: str
-    shards: int
-    per_shard: int
+    shards: int = field(metadata={"min": 0, "max": 99_999_999})
+    per_shard: int = field(metadata={"min": 0})
     buckets: bool
 
     def write(self, path: Path) -> None:
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no latent cache ({MANIFEST}: {error.strerror}): name the folder of one"
             " source that mmrdpm data cache wrote"
         ) from None
-    except (ValueError, RecipeError) as error:
+    except (ValueError, RecipeError, RecursionError) as error:
         raise DataError(f"{path}: damaged: {error}: make the cache anew") from None
 
 
@@ -113,7 +113,14 @@ class CachedLatents(Indexed):
         row = index - int(self.totals[shard - 1] if shard else 0)
         try:
             return _pair(_open(shard_path(self.folder, shard)), row)
-        except (OSError, SafetensorError, ValueError, IndexError, TypeError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RecursionError,
+        ) as error:
             return Broken(f"{self.folder}#{index}", "cache shard cannot be read", str(error))
 
     def fingerprint(self) -> str:
@@ -127,7 +134,11 @@ def _pair(file: Any, row: int) -> Pair:
     key, captions = json.loads(bytes(file.get_slice("texts")[begin:end]))
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError("its captions are no texts")
+    if not isinstance(key, str) or not captions:
+        raise ValueError("it has no key or no caption")
     latents = file.get_slice(f"latents/{height}x{width}")[place]
+    if latents.dtype != np.float16 or latents.ndim != 3 or not np.isfinite(latents).all():
+        raise ValueError("its latents are no finite float16 [H, W, C]")
     return Pair(key, latents, tuple(captions))
 
 
@@ -140,5 +151,5 @@ def _count(path: Path) -> int:
     try:
         with safe_open(path, framework="np") as file:
             return file.get_slice("ends").get_shape()[0]
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, IndexError) as error:
         raise DataError(f"{path}: damaged ({error}): delete it and make it anew") from None

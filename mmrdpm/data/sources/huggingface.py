@@ -247,7 +247,12 @@ class Table(Indexed):
         return len(self.data)
 
     def record(self, index: int) -> Record:
-        return self.reader.record(index, self.data[index])
+        try:
+            row = self.data[index]
+        except Exception as error:  # see open_dataset
+            what, mend = f"row {index} could not be read", "get a good copy"
+            raise _fault(self.reader.path, what, error, mend) from None
+        return self.reader.record(index, row)
 
     def fingerprint(self) -> str:
         return f"{self.reader.place}, {len(self)} rows"

@@ -93,7 +93,8 @@ class Shards(Sharded):
         suffixes: list[str] = []  # of all members, for who has named the wrong ones
         faults: list[Broken] = []
         none_yet = True
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
+        ending: Any = _Ending(stream)
+        with tarfile.open(fileobj=ending, mode="r|*", tarinfo=_Header) as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
                 if not member.isfile() or Path(member.name).name.startswith("."):
@@ -108,7 +109,9 @@ class Shards(Sharded):
                 suffixes.append(suffix)
                 if not self._wanted(suffix):
                     continue
-                if member.size > MAX_BYTES:
+                if suffix.lower() in members:
+                    faults.append(Broken(f"{url}#{base}", "a member comes twice", f".{suffix}"))
+                elif member.size > MAX_BYTES:
                     detail = f".{suffix} has {member.size} bytes"
                     faults.append(Broken(f"{url}#{base}", "archive member too large", detail))
                 elif content := archive.extractfile(member):
@@ -170,6 +173,22 @@ def _expand(url: str) -> list[str]:
     if url.startswith("pipe:") or "://" in url:
         return [url]
     return [str(path) for path in find(url, frozenset({".tar", ".tgz", ".gz"}))]
+
+
+class _Ending:
+    """A stream that ends: one that says it holds more would be skipped through for ever."""
+
+    _MOST = 16  # empty reads in a row; tarfile makes a few at the end of a whole archive
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._empty = stream, 0
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._empty = 0 if content else self._empty + 1
+        if self._empty > self._MOST:
+            raise EOFError("it ends within a member")
+        return content
 
 
 class _Header(tarfile.TarInfo):
