@@ -309,14 +309,29 @@ def resume(run: Path, restore: Callable[[Path], None]) -> None:
             raise DamagedError(f"{error}; or take {latest.name} away to {to}") from None
 
 
-def state_of(path: Path) -> Any:
+def state_of(path: Path, needed: Collection[str] = ()) -> Any:
     """The resume state saved with the weights at `path`, what lies in shards left out.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or lacks something that is needed.
     """
     shards = shards_of(path)
-    return tree.load(shards.parent / _STATE if shards else path.parent / _RESUME / path.name)
+    state = tree.load(shards.parent / _STATE if shards else path.parent / _RESUME / path.name)
+    check_keys(path, state, needed)
+    return state
+
+
+def check_keys(path: Path, state: Collection[str], needed: Collection[str]) -> None:
+    """Looks whether a part of the state saved with the weights at `path` has all it needs.
+
+    Raises:
+        CheckpointError: something is lacking.
+    """
+    if missing := set(needed) - set(state):
+        raise CheckpointError(
+            f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
+            " mmrdpm that wrote it, or begin anew"
+        )
 
 
 def prune(run: Path, policy: CheckpointPolicy) -> None:

@@ -8,7 +8,7 @@ The noisy blocks come first, so that "earlier context" never shows them their ow
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -148,26 +148,6 @@ def pack(
     return empty
 
 
-def with_history(packed: Packed) -> Packed:
-    """The same rows, but every noisy block sees those of its image that come before it.
-
-    They come in falling timesteps, so a block sees the steps that were taken before its own, as
-    far as the document learns them.
-    """
-    layout, slots = packed.layout, packed.positions[..., 0]
-    noisy = layout.kinds == BlockKind.NOISY
-    same = noisy[:, 1:] & noisy[:, :-1]  # of two neighbours: noisy, and of one image
-    for ids in (layout.document_ids, slots):
-        same &= ids[:, 1:] == ids[:, :-1]
-    begins = layout.block_ids.diff(dim=1) != 0
-    index = torch.arange(noisy.shape[1], device=noisy.device)
-    first = (begins * index[1:]).cummax(1).values  # where the block of each place but 0 begins
-    never = torch.zeros_like(noisy[:, :1])
-    follows = torch.cat([never, same & begins], 1).gather(1, torch.cat([never.long(), first], 1))
-    kinds = layout.kinds.masked_fill(follows & noisy, int(BlockKind.FOLLOWING))
-    return replace(packed, layout=replace(layout, kinds=kinds))
-
-
 @dataclass(frozen=True)
 class _Part:
     """One block of a document, before it has a place."""
@@ -192,7 +172,7 @@ def _parts(
         return [_Part(BlockKind.TEXT, TEXT_TIMESTEP, token_ids, None, None, targets, positions)]
     positions = grid_positions(segment.grid, slot)
     start = segment.states[-1].flatten(0, -2)
-    parts = []
+    parts: list[_Part] = []
     for timestep in segment.blocks:
         residuals = torch.zeros_like(start)
         latents = torch.cat([segment.states[timestep].flatten(0, -2), start], dim=-1)
@@ -206,7 +186,8 @@ def _parts(
             # what later segments see is the image, whatever noise it was drawn from
             latents[:, latents.shape[1] // 2 :] = 0
             targets = torch.full((len(latents),), NO_TARGET)
-        kind = BlockKind.NOISY if timestep else BlockKind.CLEAN
+        noisy = BlockKind.FOLLOWING if parts else BlockKind.NOISY
+        kind = noisy if timestep else BlockKind.CLEAN
         parts.append(_Part(kind, timestep, None, latents, residuals, targets, positions))
     return parts
 

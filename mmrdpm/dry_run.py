@@ -74,7 +74,7 @@ def one_pass(
             for count, ids, softness in _kinds(loaded, model, len(learned), lengths, rows, images):
                 each = (t.flatten(0, 1)[learned[:count]].split(part) for t in columns)
                 how = (model.code_features, softness, train.z_loss, model.scored(ids))
-                scored = [model.once_or_twice(score, *how, *p) for p in zip(*each, strict=True)]
+                scored = [model.checkpointed(score, *how, *p) for p in zip(*each, strict=True)]
                 total = total + sum(wanted.sum() for _, wanted, _ in scored)
                 sizes.append((min(part, count) if train.recompute else count) * len(how[-1]))
             total.backward()

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Barrier, Lock
@@ -25,11 +26,21 @@ _MAKING = Lock()
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
 
-# bfloat16 FLOP/s (dense), bytes of memory, and bytes per second to it, of NVIDIA's SXM boards
-DATASHEET = {
-    "h200": (989e12, 141e9, 4.8e12),
-    "h100": (989e12, 80e9, 3.35e12),
-    "a100": (312e12, 80e9, 2.0e12),
+
+@dataclass(frozen=True)
+class Datasheet:
+    """Of a GPU: FLOP/s of dense products, bytes of memory, and bytes per second to it."""
+
+    bf16: float
+    fp32: float  # without TF32, which torch leaves off
+    memory: float
+    bandwidth: float
+
+
+DATASHEET = {  # of NVIDIA's SXM boards
+    "h200": Datasheet(989e12, 67e12, 141e9, 4.8e12),
+    "h100": Datasheet(989e12, 67e12, 80e9, 3.35e12),
+    "a100": Datasheet(312e12, 19.5e12, 80e9, 2.0e12),
 }
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
@@ -138,9 +149,9 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device).lower()
-        for kind, (rate, *_) in DATASHEET.items():
+        for kind, sheet in DATASHEET.items():
             if kind in name:
-                return rate
+                return sheet.bf16
     return measured_rate(device, dtype)
 
 

@@ -14,7 +14,7 @@ from mmrdpm.engine.guard import GuardConfig
 from mmrdpm.engine.parallel import Wanted
 from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.machine import Precision
-from mmrdpm.optim import OptimizerConfig, Schedule, before_fall
+from mmrdpm.optim import LearningRateSchedule, OptimizerConfig, before_fall
 from mmrdpm.samples import Samples
 from mmrdpm.sampling.image import Guided
 from mmrdpm.transformer import TransformerConfig
@@ -67,7 +67,7 @@ class Training:
     steps: int = field(default=6000, metadata={"min": 1, "max": MOST_STEPS})
     lr: float = field(default=3e-3, metadata={"min": 0.0, "max": 1e30})
     warmup: int = field(default=100, metadata={"min": 0})
-    schedule: Schedule = "cosine"
+    schedule: LearningRateSchedule = "cosine"
     decay: float = field(default=0.2, metadata={"min": 0.0, "max": 1.0})
     text_weight: float = field(default=1.0, metadata={"min": 0.0})
     z_loss: float = field(default=0.0, metadata={"min": 0.0})

@@ -32,11 +32,6 @@ class Losses:
     per_token: Tensor
     timesteps: Tensor
 
-    def mean(self, timestep: int) -> float | None:
-        """Mean loss of one timestep's targets, None where the batch has none."""
-        chosen = self.per_token[self.timesteps == timestep]
-        return chosen.mean().item() if len(chosen) else None
-
 
 def summed_weights(packed: Packed, text_weight: float = 1.0) -> Tensor:
     """The weights of all targets of some rows, added up: a float32 scalar."""
@@ -47,9 +42,10 @@ def summed_weights(packed: Packed, text_weight: float = 1.0) -> Tensor:
 def loss(
     model: Transformer,
     packed: Packed,
+    *,
+    divisor: Tensor | None = None,
     text_weight: float = 1.0,
     z_weight: float = 0.0,
-    divisor: Tensor | None = None,
     soft_labels: float = 0.0,
     codes_apart: bool = False,
 ) -> Losses:
@@ -59,6 +55,8 @@ def loss(
     positions that have a target are scored.
 
     Args:
+        divisor: float32 scalar, the summed weights of the whole batch where these rows are only a
+            part of it.
         z_weight: of the squared log of the softmax's denominator, which keeps logits from drifting
             (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4).
         soft_labels: tau of the codes' labels, see `rdpm.soft_labels`, which say where the
@@ -66,7 +64,6 @@ def loss(
             Needs `code_geometry`.
         codes_apart: whether codes are scored among the codes alone, and text among all that is no
             code, which spares the products with what cannot stand there; else all among all.
-        divisor: the summed weights of the whole batch where these rows are only a part of it.
     """
     learned = packed.targets.flatten() != NO_TARGET
     kinds = [(learned, slice(0, model.code_ids.stop), soft_labels)]
@@ -135,7 +132,7 @@ def _scored(
     size = PARTS.get(hidden.device.type, PARTS["cuda"])
     how = (model.code_features, soft_labels, z_weight, model.scored(ids))
     each = (x.split(size) for x in (hidden, timesteps, targets - ids.start, residuals))
-    parts = [model.once_or_twice(score, *how, *part) for part in zip(*each, strict=True)]
+    parts = [model.checkpointed(score, *how, *part) for part in zip(*each, strict=True)]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 

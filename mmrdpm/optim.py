@@ -17,7 +17,8 @@ from torch.optim import AdamW, Optimizer
 
 from mmrdpm import distributed
 
-Schedule = Literal["cosine", "wsd"]
+LearningRateSchedule = Literal["cosine", "wsd"]
+STACK = ("attentions.", "feed_forwards.")  # beginnings of the names of our layers' parameters
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and of Muon
 
@@ -91,7 +92,10 @@ class Muon(Optimizer):
         return p.grad.lerp(momentum, self._MOMENTUM)
 
     def orthogonal(self, matrix: Tensor) -> Tensor:
-        """Newton-Schulz: a whole matrix's singular values brought near 1, its directions kept."""
+        """Newton-Schulz: a whole matrix's singular values brought near 1, its directions kept.
+
+        Any `[m, n]` in, the same shape out, in `self.dtype`.
+        """
         x = matrix.to(self.dtype)
         wide = x if x.shape[0] <= x.shape[1] else x.T
         wide = wide / wide.norm().clamp(min=1e-7)
@@ -123,21 +127,20 @@ class Muon(Optimizer):
         return product @ wide
 
 
-def width_scale(name: str, by_muon: bool, ratio: float) -> float:
-    """What a parameter's learning rate is multiplied with in a model `1 / ratio` times as wide.
+def width_scale(name: str, ratio: float) -> float:
+    """What AdamW's rate of a parameter is multiplied with in a model `1 / ratio` times as wide.
 
     An update of a matrix should have a spectral norm that does not depend on the width (Yang,
-    Simon & Bernstein 2023, arXiv 2310.17813, condition 1, at fixed aspect ratios). Muon's, scaled
-    to AdamW's size, grows as the root of the width, AdamW's own as the width. The tables that score
-    tokens fall under the same rule (their sums run over the width); whatever only enters the stack
+    Simon & Bernstein 2023, arXiv 2310.17813, condition 1, at fixed aspect ratios). AdamW's grows as
+    the width, Muon's, scaled to AdamW's size, as its root: Muon's rate is multiplied with the root
+    of the ratio. The tables that score tokens fall under the same rule (their sums run over the
+    width); whatever only enters the stack
     is normalised there, and keeps its rate.
 
     Args:
         name: of the parameter.
         ratio: of the width that the rate was tuned at to the width of the model.
     """
-    if by_muon:
-        return ratio**0.5
     outside = name.startswith(("from_latents", "timesteps", "precisions", "norms"))
     return 1.0 if outside or name.endswith(("q_norm", "k_norm")) else ratio
 
@@ -156,7 +159,7 @@ class Optimizers:
         model: nn.Module,
         config: OptimizerConfig,
         dtype: torch.dtype = torch.float32,
-        stack: tuple[str, ...] = ("attentions.", "feed_forwards."),
+        stack: tuple[str, ...] = STACK,
         width: int = 0,
     ) -> None:
         self.config, self.parameters = config, list(model.parameters())
@@ -168,13 +171,13 @@ class Optimizers:
             if inside and config.name == "muon":
                 matrices.append(p)
             else:
-                rest.setdefault(width_scale(name, False, ratio), []).append(p)
+                rest.setdefault(width_scale(name, ratio), []).append(p)
         groups = [{"params": members, "scale": scale} for scale, members in rest.items()]
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         self.parts: list[Optimizer] = [AdamW(groups, betas=betas, weight_decay=decay, fused=True)]
         if matrices:
             self.parts.append(Muon(matrices, decay, dtype))
-            self.parts[-1].param_groups[0]["scale"] = width_scale("", True, ratio)
+            self.parts[-1].param_groups[0]["scale"] = ratio**0.5  # see `width_scale`
 
     def clip(self) -> float:
         """Clips the gradients; gives their norm before, of all ranks where they are sharded."""
@@ -246,10 +249,10 @@ def learning_rate(
     step: int,
     steps: int,
     warmup: int,
-    schedule: Schedule = "cosine",
+    schedule: LearningRateSchedule = "cosine",
     decay: float = 0.2,
 ) -> float:
-    """Linear rise over `warmup` steps, then down to zero at `steps`.
+    """Linear rise over `warmup` steps, then down to zero at `steps`; `step` is 0..steps - 1.
 
     cosine falls as a half cosine; wsd (warmup, stable, decay) stays at the peak and falls in the
     last `decay` share of the steps only, as `1 - sqrt(progress)` (Hägele et al. 2024, arXiv

@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmrdpm import hub, machine, pretrained, recipe, shipped, text_tokenizer
 from mmrdpm.api import build
 from mmrdpm.dry_run import one_pass, positions_of
-from mmrdpm.engine.parallel import BYTES_PER_PARAMETER
+from mmrdpm.engine.parallel import BYTES_PER_PARAMETER, DDP_SHARE
 from mmrdpm.errors import MmrdpmError, UsageError
 from mmrdpm.model_recipe import ModelRecipe
-from mmrdpm.optim import Muon
+from mmrdpm.optim import STACK, Muon
 from mmrdpm.rdpm.image_tokenizer import SPEC_FILE, ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.tally import Tally
 from mmrdpm.vocabulary import Vocabulary
@@ -126,10 +126,10 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     held, spent = lasting["weights"], update.peak * (_HOLES if kind == "cpu" else 1)
     activations = max(0.0, spent - logits - (0 if added else held))
     memory = {**lasting, "gradients": held, "logits": logits, "activations": activations}
-    beside = held if added else 0.0  # else gradients come while activations go
-    peak = sum(lasting.values()) + max(spent + beside, held)
+    apart = held if added else 0.0  # gradients, which otherwise come while activations go
+    peak = sum(lasting.values()) + max(spent + apart, held)
     flops = passes * update.flops + optimizer.flops
-    passed, beside = passes * update.moved, optimizer.moved / parts
+    passed, optimised = passes * update.moved, optimizer.moved / parts
     calls = passes * update.calls + optimizer.calls
     return Plan(
         recipe=loaded,
@@ -142,9 +142,9 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
         peak=peak,
         room=room,
         flops=flops,
-        moved=passed + beside,
+        moved=passed + optimised,
         exchanged=_exchanged(loaded, model, _dtype(loaded, kind), gpus, parts, passes),
-        seconds=_seconds(loaded, kind, flops, (passed, beside), calls, rows // gpus),
+        seconds=_seconds(loaded, kind, flops, (passed, optimised), calls, rows // gpus),
     )
 
 
@@ -245,14 +245,12 @@ def _optimise(loaded: ModelRecipe, model: nn.Module, kind: Kind, gpus: int, tall
 def _matrices(loaded: ModelRecipe, model: nn.Module) -> list[nn.Parameter]:
     if loaded.optimizer.name != "muon":
         return []
-    inside = ("attentions.", "feed_forwards.")
-    return [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(inside)]
+    return [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(STACK)]
 
 
 def _outside(model: nn.Module) -> int:
     """Parameters outside of the layers."""
-    inside = ("attentions.", "feed_forwards.")
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(STACK))
 
 
 def _exchanged(
@@ -299,7 +297,9 @@ def _is_sharded(
         return False
     if wanted != "auto":
         return True
-    return kind != "cpu" and room is not None and parameters * BYTES_PER_PARAMETER > room / 3
+    if kind == "cpu" or room is None:
+        return False
+    return parameters * BYTES_PER_PARAMETER > room * DDP_SHARE
 
 
 def _dtype(loaded: ModelRecipe, kind: Kind) -> torch.dtype:
@@ -309,7 +309,7 @@ def _dtype(loaded: ModelRecipe, kind: Kind) -> torch.dtype:
 
 
 def _room(kind: Kind) -> float | None:
-    return machine.main_memory() if kind == "cpu" else machine.DATASHEET[kind][1]
+    return machine.main_memory() if kind == "cpu" else machine.DATASHEET[kind].memory
 
 
 def _seconds(
@@ -327,10 +327,11 @@ def _seconds(
     """
     passed, beside = moved
     if kind != "cpu":
-        rate, _, bandwidth = machine.DATASHEET[kind]
+        sheet = machine.DATASHEET[kind]
+        rate = sheet.fp32 if _dtype(loaded, kind) == torch.float32 else sheet.bf16
         fused = _FUSED if loaded.train.compile else 1.0
         bytes_ = fused * passed + beside
-        device = flops / (rate * _REACHED) + bytes_ / (bandwidth * _BANDWIDTH)
+        device = flops / (rate * _REACHED) + bytes_ / (sheet.bandwidth * _BANDWIDTH)
         return max(device, calls * _CALL) + rows * loaded.data.seq_len * _TOKEN
     here = torch.device("cpu")
     rate = machine.measured_rate(here, _dtype(loaded, kind), side=2048)

@@ -1,4 +1,4 @@
-"""Where a position lies: rotary embedding of slot and place, and waves of the place."""
+"""Where a position lies: rotary embedding of slot and place, and sinusoids of the place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def waves(places: Tensor, width: int) -> Tensor:
+def sinusoids(places: Tensor, width: int) -> Tensor:
     """Sines and cosines of places in a grid (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 
     Each axis has as many channels as the others, at wavelengths from 2 pi to nearly 200 pi.
@@ -26,7 +26,7 @@ def waves(places: Tensor, width: int) -> Tensor:
     return pad(both * math.sqrt(2), (0, width - both.shape[-1]))
 
 
-def rotations(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:
+def rotations(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15) over several axes at once.
 
     Half of the channel pairs turn with the slot, the rest is shared evenly by the grid's axes.

@@ -109,13 +109,9 @@ class TokenizerTrainer:
         Raises:
             CheckpointError: it is damaged, of another model or of another version.
         """
-        state = checkpoint.state_of(path)
-        needed = {"step", "source", "data", "optimizer", "fit", "loss", "average"}
-        if missing := (needed - state.keys()) or (self.fit.state().keys() - state["fit"].keys()):
-            raise CheckpointError(
-                f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
-                " mmrdpm that wrote it, or begin anew"
-            )
+        needed = ("step", "source", "data", "optimizer", "fit", "loss", "average")
+        state = checkpoint.state_of(path, needed)
+        checkpoint.check_keys(path, state["fit"], self.fit.state())
         if state["source"] != self._source:
             raise CheckpointError(
                 f"{path}: was begun on a published autoencoder with SHA-256"
@@ -199,7 +195,7 @@ class TokenizerTrainer:
         self.autoencoder.train()
         with self._autocast():
             latents = self.autoencoder.encode(images)
-            noise = self.training.latent_noise * self._noise(latents, generator)
+            noise = self.training.latent_noise * self._noise(latents, generator, 1)[0]
             output = self.autoencoder.decode(latents + noise)
         return self._update(output, images, self.step, self.phases.autoencoder)
 
@@ -244,7 +240,7 @@ class TokenizerTrainer:
         distributed.average_gradients(self.autoencoder.parameters())
         self.optimizer.step()
         if self.average:
-            self.average.update(self.step)
+            self.average.update(self.step + 1)
         with self._autocast():
             parts |= self.reconstruction.learn(output, images, self.step)
         phase = "autoencoder" if self.step < self.phases.autoencoder else "decoder"
@@ -257,12 +253,11 @@ class TokenizerTrainer:
     def _images(self, images: Tensor) -> Tensor:
         return images.to(self.device).contiguous(memory_format=torch.channels_last)
 
-    def _noise(self, latents: Tensor, generator: torch.Generator, num_noises: int = 0) -> Tensor:
-        """This rank's share of the noise of all: like latents `[B, *grid, C]`, or so many."""
+    def _noise(self, latents: Tensor, generator: torch.Generator, num_noises: int) -> Tensor:
+        """This rank's share of the noise of all: float32 `[num_noises, B, *grid, C]`."""
         rank, ranks = distributed.rank(), distributed.world_size()
-        shape = (len(latents) * ranks, *latents.shape[1:])
-        noise = torch.randn((num_noises or 1, *shape), generator=generator)[:, rank::ranks]
-        return (noise if num_noises else noise[0]).to(self.device)
+        shape = (num_noises, len(latents) * ranks, *latents.shape[1:])
+        return torch.randn(shape, generator=generator)[:, rank::ranks].to(self.device)
 
     @property
     def _chunk(self) -> int:

@@ -24,7 +24,7 @@ from mmrdpm.engine.guard import Guard
 from mmrdpm.engine.meter import Meter
 from mmrdpm.engine.parallel import Objective, Parallel
 from mmrdpm.engine.shards import ShardWriter
-from mmrdpm.errors import CheckpointError, DataError, RecipeError, TrainingError
+from mmrdpm.errors import DataError, RecipeError, TrainingError
 from mmrdpm.model_recipe import ModelRecipe, may_change
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import summed_weights
@@ -140,8 +140,13 @@ class Trainer:
         self.transformer.recompute = plan.recompute
         self.parameters = sum(p.numel() for p in self.transformer.parameters())
         torch.manual_seed(plan.seed)
-        how = (plan.text_weight, plan.z_loss, plan.soft_labels, plan.codes_apart)
-        objective = Objective(self.transformer, *how)
+        objective = Objective(
+            self.transformer,
+            text_weight=plan.text_weight,
+            z_weight=plan.z_loss,
+            soft_labels=plan.soft_labels,
+            codes_apart=plan.codes_apart,
+        )
         mode = parallel.resolve(plan.parallel, self.parameters, self.device)
         self.parallel = Parallel(objective, mode, self.device, self.dtype)
         guesses = self.images.estimates(recipe.model.sees_start_noise)
@@ -295,13 +300,8 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged, of another model or of another version.
         """
-        state = checkpoint.state_of(path)
-        needed = {"step", "data", "optimizers", "guard", "meter", "raw"}
-        if missing := needed - state.keys():
-            raise CheckpointError(
-                f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"
-                " mmrdpm that wrote it, or begin anew"
-            )
+        needed = ("step", "data", "optimizers", "guard", "meter", "raw")
+        state = checkpoint.state_of(path, needed)
         api.check_identity(path, self.images, self.texts)
         self.optimizers.restore(state["optimizers"])
         if folder := checkpoint.shards_of(path):

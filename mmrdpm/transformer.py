@@ -21,10 +21,10 @@ from torch.nn.functional import linear, pad, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from mmrdpm.attention import sdpa
-from mmrdpm.attention.layout import Layout
-from mmrdpm.document import Packed, with_history
+from mmrdpm.attention.layout import Attend, Layout
+from mmrdpm.document import Packed
 from mmrdpm.errors import RecipeError
-from mmrdpm.positions import rotate, rotations, shifted_rotations, waves
+from mmrdpm.positions import rotate, rotations, shifted_rotations, sinusoids
 
 # parameters that begin at zero: what writes to the residual stream, and parts of codes' scores
 _ZERO = ("out.weight", "down.weight", "from_codes.weight", "precision.weight", "precisions.weight")
@@ -67,7 +67,7 @@ class TransformerConfig:
         tied: whether the table that embeds token ids also scores them.
     """
 
-    layers: int = field(default=6, metadata={"min": 1})
+    layers: int = field(default=6, metadata={"min": 1, "max": 1000})
     width: int = field(default=256, metadata={"min": 8})
     heads: int = field(default=4, metadata={"min": 1})
     kv_heads: int = field(default=4, metadata={"min": 1})
@@ -102,7 +102,7 @@ class TransformerConfig:
             )
         if self.places and not self.norm_inputs:
             raise RecipeError(
-                "model.places adds waves of the size that normalised inputs have: it needs"
+                "model.places adds sinusoids of the size that normalised inputs have: it needs"
                 " norm_inputs: true, which no language model has"
             )
         if self.preconditioning and not self.code_geometry:
@@ -142,7 +142,7 @@ class Attention(nn.Module):
             self.k_norm = nn.Parameter(torch.empty(config.head_dim))
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
         return self.out(attend(*self.project(x, rotation)).flatten(-2))
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,14 +182,20 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Packed rows in, logits over the shared vocabulary out."""
+    """Packed rows in, logits over the shared vocabulary out.
+
+    Args:
+        vocab_size: V, of which the last ids are codes, see `know_codes`.
+        latent_channels: C of the image positions' states.
+        num_timesteps: T.
+    """
 
     def __init__(
         self, config: TransformerConfig, vocab_size: int, latent_channels: int, num_timesteps: int
     ) -> None:
         super().__init__()
         self.config = config
-        self.plan: Callable[[Layout], Callable[..., Tensor]] = sdpa.plan  # a run may choose another
+        self.plan: Callable[[Layout], Attend] = sdpa.plan  # a run may choose another
         self.code_features: Tensor | None
         self.code_vectors: Tensor | None
         self.estimates: Tensor | None
@@ -215,10 +221,6 @@ class Transformer(nn.Module):
         self.norms = nn.ModuleList(Norm(config, config.width) for _ in range(2 * config.layers + 1))
         if not config.tied:
             self.unembedding = nn.Linear(config.width, vocab_size, bias=False)
-        self.reset()
-
-    def reset(self) -> None:
-        """The whole initialisation."""
         for name, parameter in self.named_parameters():
             initialise(name, parameter)
 
@@ -240,16 +242,14 @@ class Transformer(nn.Module):
             features = torch.cat([vectors, length / spread], dim=1)
             self.code_features = features.to(self.table.weight.device)
             if self.config.preconditioning:
-                scored = torch.cat([vectors, -length / 2], dim=1)
-                scored = pad(scored, (0, -scored.shape[1] % 8))  # GPUs' fast kernels want multiples
+                scored = _padded(torch.cat([vectors, -length / 2], dim=1))
                 self.code_vectors = scored.to(self.table.weight.device)
                 self.estimates = estimates.to(self.table.weight.device)
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed rows -> hidden states `[R, S, width]`, see `run`; `logits` scores them."""
-        if self.config.history:
-            packed = with_history(packed)
-        attend = self.plan(packed.layout)
+        layout = packed.layout
+        attend = self.plan(layout if self.config.history else layout.without_history())
         return self.run(
             packed.token_ids,
             packed.latents,
@@ -268,7 +268,7 @@ class Transformer(nn.Module):
             seen = latents[..., : self.from_latents.in_features]  # x_t first, then x_T
         image = self.from_latents(seen) + self.timesteps(timesteps.clamp(min=0))
         if self.config.places:
-            image = image + waves(positions[..., 1:], self.config.width)
+            image = image + sinusoids(positions[..., 1:], self.config.width)
         text = self.table(token_ids)
         mixed = torch.where((timesteps >= 0)[..., None], image.to(text.dtype), text)
         return rms_norm(mixed, (self.config.width,)) if self.config.norm_inputs else mixed
@@ -297,7 +297,7 @@ class Transformer(nn.Module):
         x = self.embed(token_ids, latents, timesteps, positions)
         rotation = self.rotation(positions)
         for index in range(config.layers):
-            x = self.once_or_twice(self.layer, index, x, rotation, attend)
+            x = self.checkpointed(self.layer, index, x, rotation, attend)
         hidden = self.norms[-1](x)
         return self.sharpened(hidden, latents, timesteps) if config.preconditioning else hidden
 
@@ -319,8 +319,7 @@ class Transformer(nn.Module):
             log_p = log_p + self.precisions(timesteps.clamp(min=0))
             precision = log_p.clamp(-5, 5).exp() * (timesteps > 0)[..., None]
             guess = self.guess(1, latents.float(), timesteps)
-        unused = -(guess.shape[-1] + 1) % 8
-        return pad(torch.cat([hidden, precision * guess, precision], dim=-1), (0, unused))
+        return torch.cat([hidden, _padded(torch.cat([precision * guess, precision], -1))], -1)
 
     def layer(self, index: int, x: Tensor, rotation: Tensor, attend: AttendInLayer) -> Tensor:
         """One layer of the stack: attention and feed-forward, each beside the residual stream."""
@@ -328,7 +327,7 @@ class Transformer(nn.Module):
         x = x + self.attentions[index](before(x), rotation, partial(attend, index))
         return x + self.feed_forwards[index](between(x))
 
-    def once_or_twice(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def checkpointed(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function; with `recompute` its backward pass calls it again, to save memory."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
@@ -349,7 +348,7 @@ class Transformer(nn.Module):
         """The rows of token ids whose products with hidden states are their scores."""
         scores = self.table if self.config.tied else self.unembedding
         rows = scores.weight[ids]
-        first = len(scores.weight) - len(() if self.code_features is None else self.code_features)
+        first = self.code_ids.start
         start, stop, _ = ids.indices(len(scores.weight))
         if self.code_features is None or stop <= first:
             return rows
@@ -360,6 +359,11 @@ class Transformer(nn.Module):
         if self.code_vectors is None:
             return rows
         return torch.cat([rows, pad(self.code_vectors[codes], (0, 0, text, 0))], dim=-1)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """The last dimension up to a multiple of 8, which GPUs' fast kernels want."""
+    return pad(x, (0, -x.shape[-1] % 8))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ SPECIALS = (
     "<|pad|>",
     "<|image|>",
     "<|/image|>",
-    "<|system|>",
+    "<|system|>",  # for chats, as the next two: unused, but shipped weights have their rows
     "<|user|>",
     "<|assistant|>",
 )

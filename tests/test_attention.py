@@ -215,7 +215,7 @@ def test_queries_keys_and_values_are_of_one_type_whatever_norms_give(monkeypatch
     """Under autocast on CUDA rms_norm gives float32, and kernels want one type."""
     attention = Attention(TransformerConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=16))
     monkeypatch.setattr(attention, "normalise", lambda qk: qk.float())
-    rotation = rotations(torch.zeros(1, 3, 3, dtype=torch.int64), 8)
+    rotation = rotations(torch.zeros(1, 3, 3, dtype=torch.int64), 8, 1e4)
     with torch.autocast("cpu", torch.bfloat16):
         made = attention.project(torch.randn(1, 3, 16), rotation)
     assert [tensor.dtype for tensor in made] == [torch.bfloat16] * 3

@@ -158,6 +158,7 @@ def test_a_gpu_waits_for_the_host_where_there_is_little_to_do(tiny_recipe):
     assert seconds() == seconds(*width) == seconds("train.compile=false")
     large = ["model.width=2048", "model.heads=16", "data.rows=64", "data.seq_len=512"]
     assert seconds(*large) < 0.8 * seconds(*large, "train.compile=false")
+    assert seconds(*large, "train.precision=fp32") > 2 * seconds(*large)  # products take 15 times
 
 
 def test_bfloat16_that_a_cpu_would_emulate_is_warned_of(tiny_recipe, monkeypatch):

@@ -15,7 +15,7 @@ from mmrdpm.errors import RecipeError
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.objective import loss
 from mmrdpm.plan import make_plan
-from mmrdpm.positions import waves
+from mmrdpm.positions import sinusoids
 from mmrdpm.pretrained import complete
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.codebook import Codebook, CodebookFit
@@ -146,9 +146,9 @@ def test_a_preconditioned_model_can_be_blind_to_the_start_noise(images):
     assert torch.equal(*scores)
 
 
-def test_waves_tell_places_apart():
+def test_sinusoids_tell_places_apart():
     places = torch.cartesian_prod(torch.arange(8), torch.arange(8))
-    found = waves(places[None], 66)[0]
+    found = sinusoids(places[None], 66)[0]
     assert found.shape == (64, 66) and not found[:, 64:].any()
     torch.testing.assert_close(found.square().sum(1), torch.full((64,), 64.0))
     distance = torch.cdist(found, found) + 100 * torch.eye(64)
@@ -256,9 +256,9 @@ def test_a_run_with_all_of_it_comes_back_and_keeps_it(tiny_recipe, tmp_path, apa
     packed = again.loader.batch()
     device = again.transformer.table.weight.device
     learned, *_ = again.parallel.module(packed.to(device), torch.tensor(1.0, device=device))
-    how = (1.0, 0.0, torch.tensor(1.0), 2.0, apart)
-    soft = loss(again.transformer, packed.to(device), *how).total
-    torch.testing.assert_close(learned, soft.to(device))
+    how = {"divisor": torch.tensor(1.0, device=device), "soft_labels": 2.0, "codes_apart": apart}
+    soft = loss(again.transformer, packed.to(device), **how).total
+    torch.testing.assert_close(learned, soft)
     one, two = (m(packed.to(m.table.weight.device)) for m in (model.transformer, again.transformer))
     torch.testing.assert_close(one, two)
     assert model.generate(["red heart"])[0].size == (16, 16)

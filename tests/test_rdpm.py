@@ -6,10 +6,11 @@ import torch
 from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig
-from mmrdpm.rdpm.codebook import Codebook, CodebookFit, perplexity
+from mmrdpm.rdpm.codebook import Codebook, CodebookFit
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from mmrdpm.rdpm.schedule import SCHEDULES, Schedule
 from mmrdpm.rdpm.trajectory import TRAJECTORIES, decode, encode, make_trajectory
+from mmrdpm.rdpm.usage import perplexity
 from mmrdpm.tokenizer_plan import ImageTokenizerTraining, Phases
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
 
@@ -101,9 +102,24 @@ def test_the_fit_lowers_the_error_and_uses_every_code(per_step):
             residual = trajectory.residual(latents, eps[None], state, timestep)
             state = state + fit.observe(residual, timestep, generator)
         errors.append((state - latents).square().mean().item())
-    assert errors[-1] < 0.7 * errors[0]
+    assert errors[-1] < 0.8 * errors[0]
     codes, _ = encode(trajectory, codebook, latents, eps[None])
     assert all(perplexity(step, 32) > 16 for step in codes)
+
+
+def test_tables_of_steps_start_alike():
+    """Else the first tie would average codes that have nothing to do with each other."""
+    generator = torch.Generator().manual_seed(3)
+    trajectory, codebook = make_trajectory("path", Schedule("linear", 4)), Codebook(4, 32, 2, True)
+    fit = CodebookFit(codebook)
+    latents, eps = torch.randn(2, 1024, 2, generator=generator)
+    state = eps
+    for timestep in range(4, 0, -1):
+        residual = trajectory.residual(latents, eps[None], state, timestep)
+        state = state + fit.observe(residual, timestep, generator)
+    before = codebook.codes.square().mean()
+    fit.tie()
+    assert codebook.codes.square().mean() > 0.7 * before  # of four unrelated ones a quarter is left
 
 
 def test_perplexity_of_known_uses():

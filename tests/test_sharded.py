@@ -53,8 +53,8 @@ from mmrdpm.model_recipe import ModelRecipe
 last, loss, trainers = distributed.rank() == distributed.world_size() - 1, parallel.loss, []
 
 
-def poisoned(*arguments):  # on the last rank, from update 13 until the guard goes back
-    made, trainer = loss(*arguments), trainers[0]
+def poisoned(*arguments, **how):  # on the last rank, from update 13 until the guard goes back
+    made, trainer = loss(*arguments, **how), trainers[0]
     bad = last and trainer.step >= 12 and not trainer.guard.rollbacks
     return replace(made, total=made.total * math.nan) if bad else made
 

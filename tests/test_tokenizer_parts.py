@@ -14,11 +14,11 @@ from mmrdpm.data.images import Cropper, ImagePlan
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.errors import CheckpointError, RecipeError
 from mmrdpm.rdpm.autoencoder import AutoencoderConfig, LatentNorm
-from mmrdpm.rdpm.codebook import Codebook, CodebookFit, perplexity
+from mmrdpm.rdpm.codebook import Codebook, CodebookFit
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TokenRecord
 from mmrdpm.rdpm.perceptual import PerceptualLoss
 from mmrdpm.rdpm.reconstruction import LossConfig, Reconstruction, adaptive_weight
-from mmrdpm.rdpm.usage import CollapseConfig, Usage
+from mmrdpm.rdpm.usage import CollapseConfig, Usage, perplexity
 from mmrdpm.tokenizer_plan import ImageTokenizerTraining
 from mmrdpm.train_tokenizer import (
     ImageTokenizerRecipe,

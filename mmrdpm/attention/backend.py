@@ -11,17 +11,14 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from mmrdpm import machine
 from mmrdpm.attention import flex, sdpa, xformers
-from mmrdpm.attention.layout import Layout
+from mmrdpm.attention.layout import Attend, Layout
 from mmrdpm.errors import RecipeError
 
 Backend = Literal["xformers", "flex", "sdpa"]
 Name = Literal["auto", "sdpa", "xformers", "flex"]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(q [R, S, H, D], k, v [R, S, G, D]) -> [R, S, H, D]`."""
 
 BACKENDS: tuple[Backend, ...] = ("flex", "xformers", "sdpa")  # for long rows auto takes the first
 _LONG = 1024  # tokens of a row from which others than sdpa pay: of less, a dense mask is nothing

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mmrdpm.attention.layout import Layout
+from mmrdpm.attention.layout import Attend, Layout
 
 MIN_HEAD_DIM = 16  # of the library's kernels
 _BLOCK = 128  # places, as the library's own masks have
 _OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}  # its decoding kernel fails on some short rows
 
 
-def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def plan(layout: Layout) -> Attend:
     """Attention under the layout, its block mask made once and shared by all layers."""
     mask, attend = block_mask(layout), _kernel(layout.kinds.device.type)
 

@@ -7,18 +7,23 @@ clean image blocks and noisy image blocks. A query sees a key of the same docume
 - the key belongs to the context stream (a text run or a clean block) and comes earlier, or
 - the query is in a following block, and the key in a noisy block of the same image before it.
 
-Nobody else sees a noisy block from outside. Following blocks exist in models with history alone.
+Nobody else sees a noisy block from outside. An image's noisy blocks after its first are following
+ones; models without history take them as plain noisy ones, see `Layout.without_history`.
 `Layout.visible` is this rule, written once; every backend takes a `Layout`, never a mask that its
 caller built.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(q [R, S, H, D], k, v [R, S, G, D]) -> [R, S, H, D]`."""
 
 
 class BlockKind(IntEnum):
@@ -48,6 +53,10 @@ class Layout:
         """The same layout on another device."""
         return Layout(*(t.to(device) for t in (self.document_ids, self.block_ids, self.kinds)))
 
+    def without_history(self) -> Layout:
+        """The same blocks, but no noisy one sees another of its image."""
+        return replace(self, kinds=self.kinds.clamp(max=int(BlockKind.NOISY)))
+
     def visible(self) -> Tensor:
         """The rule as a dense mask: bool `[R, query S, key S]`, True = may attend."""
         query, key = (slice(None), slice(None), None), (slice(None), None, slice(None))
@@ -58,14 +67,14 @@ class Layout:
         same_block = self.block_ids[query] == self.block_ids[key]
         both_ways = self.kinds[query] != BlockKind.TEXT
         context = self.kinds[key] < BlockKind.NOISY
-        images = self.images()
-        history = (self.kinds[query] == BlockKind.FOLLOWING) & (images[query] == images[key])
+        image_ids = self.image_ids()
+        history = (self.kinds[query] == BlockKind.FOLLOWING) & (image_ids[query] == image_ids[key])
         inside = same_block & (both_ways | earlier)
         outside = ~same_block & (context | history) & earlier
         on_padding = (self.document_ids < 0)[query] | (self.document_ids < 0)[key]
         return (same_document & ~on_padding & (inside | outside)) | itself
 
-    def images(self) -> Tensor:
+    def image_ids(self) -> Tensor:
         """int64 `[R, S]`, one number for a block and the following blocks behind it."""
         begins = self.block_ids.diff(dim=1, prepend=self.block_ids[:, :1] - 1) != 0
         return (begins & (self.kinds != BlockKind.FOLLOWING)).cumsum(1)

@@ -6,7 +6,7 @@ Runs on any device, with a backward; the reference that the other backends are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from mmrdpm.attention.layout import Layout
+from mmrdpm.attention.layout import Attend, Layout
 
 _MULTIPLE = 8  # of tokens, to which runs are padded
 
 
-def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def plan(layout: Layout) -> Attend:
     """Attention under the layout's mask, made once and shared by all layers.
 
     On the CPU document by document: no score is computed between different ones. In training on
@@ -33,7 +33,7 @@ def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return by_document([bias[row, 0, begin:end, begin:end] for row, begin, end in places])
 
 
-def by_document(biases: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def by_document(biases: Sequence[Tensor]) -> Attend:
     """Attention inside runs of tokens that see nothing of each other.
 
     Where gradients are wanted, runs of about one length are one batch: one by one, the many small

@@ -8,14 +8,13 @@ last, so that both kinds become block-diagonal biases of the library, with a bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrdpm.attention.layout import BlockKind, Layout
+from mmrdpm.attention.layout import Attend, BlockKind, Layout
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _stretches(begins: Tensor, lengths: Tensor) -> Tensor:
     return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
-def plan(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def plan(layout: Layout) -> Attend:
     """Attention under the layout, its parts made once and shared by all layers.
 
     Padding gets zeros.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmrdpm import machine
 from mmrdpm.attention import backend
-from mmrdpm.attention.layout import BlockKind, Layout
+from mmrdpm.attention.layout import Attend, BlockKind, Layout
 from mmrdpm.bench.measure import Work, interleaved, machine_facts
 from mmrdpm.bench.plot import chart, page
 from mmrdpm.errors import RecipeError
@@ -138,7 +138,7 @@ def _measure(
     return {"row_length": length, "documents": documents, "backends": found}
 
 
-Plan = Callable[[Layout], backend.Attend]
+Plan = Callable[[Layout], Attend]
 
 
 def _forward(plan: Plan, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Work:

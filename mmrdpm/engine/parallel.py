@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ Mode = Literal["single", "ddp", "fsdp", "hybrid"]
 Wanted = Literal["auto", "ddp", "fsdp", "hybrid"]
 
 BYTES_PER_PARAMETER = 16  # float32: weight, gradient, two moments
-_DDP_SHARE = 1 / 3  # of a GPU's memory that those may take before auto shards them
+DDP_SHARE = 1 / 3  # of a GPU's memory that those may take before auto shards them
 
 
 def resolve(wanted: Wanted, parameters: int, device: torch.device) -> Mode:
@@ -50,28 +50,23 @@ def resolve(wanted: Wanted, parameters: int, device: torch.device) -> Mode:
     if device.type != "cuda":
         return "ddp"
     memory = torch.cuda.get_device_properties(device).total_memory
-    room = min(distributed.gather_objects(memory)) * _DDP_SHARE  # cards may differ, modes may not
+    room = min(distributed.gather_objects(memory)) * DDP_SHARE  # cards may differ, modes may not
     return "ddp" if parameters * BYTES_PER_PARAMETER <= room else "fsdp"
 
 
 class Objective(nn.Module):
-    """The loss as a module, so that the hooks of DDP and FSDP see all of the computation."""
+    """The loss as a module, so that the hooks of DDP and FSDP see all of the computation.
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        text_weight: float = 1.0,
-        z_weight: float = 0.0,
-        soft_labels: float = 0.0,
-        codes_apart: bool = False,
-    ) -> None:
+    Args:
+        how: keywords of `objective.loss`.
+    """
+
+    def __init__(self, transformer: Transformer, **how: Any) -> None:
         super().__init__()
-        self.transformer, self.text_weight, self.z_weight = transformer, text_weight, z_weight
-        self.soft_labels, self.codes_apart = soft_labels, codes_apart
+        self.transformer, self.how = transformer, how
 
     def forward(self, packed: Packed, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        how = (self.text_weight, self.z_weight, divisor, self.soft_labels, self.codes_apart)
-        made = loss(self.transformer, packed, *how)
+        made = loss(self.transformer, packed, divisor=divisor, **self.how)
         return made.total, made.per_token, made.timesteps
 
 
@@ -95,7 +90,10 @@ class Parallel:
         objective.to_empty(device=device)
         _initialise(objective.transformer)
         if mode == "ddp":
-            self.module = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+            # buffers hold the codebook, the same on all ranks from the start
+            self.module = DistributedDataParallel(
+                objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     @property
     def sharded(self) -> bool:

@@ -148,7 +148,7 @@ class EmojiEvaluation:
         ]
 
     def tone(self, group: Group) -> list[Figure]:
-        """Is a drawn picture nearer its own variant than the concept's other skin tones?"""
+        """Is a drawn picture nearest its own variant among all of the concept, tone or none?"""
         data, features = load_emoji(_FULL_SIZE), self.features
         hits = []
         for picture, index in zip(self.draw(group), group.indices, strict=True):

@@ -118,7 +118,8 @@ class ImagenetEvaluation:
 
         found = metric_isc.isc_features_to_metric(self._drawn[1], _SPLITS)
         mean = found[metric_isc.KEY_METRIC_ISC_MEAN]
-        half = 1.959964 * found[metric_isc.KEY_METRIC_ISC_STD] / _SPLITS**0.5
+        # Student's t of 9 degrees of freedom; the library's deviation divides by 10, not by 9
+        half = 2.262157 * found[metric_isc.KEY_METRIC_ISC_STD] / (_SPLITS - 1) ** 0.5
         interval = (min(mean, max(1.0, mean - half)), mean + half)  # below 1 by rounding alone
         return [self._figure("inception_score", "Inception score", mean, interval)]
 

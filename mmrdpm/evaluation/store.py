@@ -35,7 +35,7 @@ from mmrdpm.evaluation.figure import Figure, digest
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _FORMAT = 2  # raised when the same key would come to mean another content
-_FIGURES = 3  # raised when the same figure would come to carry another protocol, interval or note
+_FIGURES = 4  # raised when the same figure would come to carry another protocol, interval or note
 _CHUNK = 128  # pictures drawn between two writes
 
 _JUDGES = (  # packages that figures follow from

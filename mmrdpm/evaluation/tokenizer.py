@@ -26,9 +26,9 @@ from mmrdpm.metrics.distance import LEAST_OF_KERNEL
 from mmrdpm.metrics.features import EfficientNetLite0
 from mmrdpm.metrics.interval import AT_LEAST_0, SHARE, bootstrap
 from mmrdpm.metrics.reconstruction import WINDOW, psnr, ssim
-from mmrdpm.rdpm.codebook import perplexity
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.rdpm.trajectory import walk
+from mmrdpm.rdpm.usage import perplexity
 from mmrdpm.text_tokenizer import TextTokenizer
 
 _PIXELS = 2**18  # at once: 256 pictures of 32x32, four of 256x256

@@ -30,7 +30,9 @@ def bootstrap(
     """`value` plus and minus 1.96 standard errors, estimated from 200 resamples.
 
     Efron & Tibshirani 1993, chapter 6 (standard error) and eq. 12.3 (normal interval). The normal
-    interval suits distances too: their resamples are shifted upwards, but spread alike.
+    interval suits distances too: their resamples are shifted upwards, but spread alike. Of few
+    records it is too narrow: of normal values the mean lies in it in 84% of cases with 5 records,
+    in 91% with 12, in 94% with 50.
 
     Args:
         statistic: of the records at these positions, which may repeat: int64 `[count]`; NaN where

@@ -17,6 +17,7 @@ from mmrdpm import distributed
 from mmrdpm.errors import RecipeError
 
 _GROUPS = 8  # of the group norms: widths are multiples of it
+_MOMENTUM = 0.02  # of the running statistics of latents, per update
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AutoencoderConfig:
     latent_channels: int = field(default=16, metadata={"min": 1})
     patch: int = field(default=4, metadata={"min": 1})
     widths: tuple[int, ...] = (128, 256)
-    blocks: int = field(default=2, metadata={"min": 0})
+    blocks: int = field(default=2, metadata={"min": 0, "max": 1000})
 
     def __post_init__(self) -> None:
         if not self.widths or any(width < 1 or width % _GROUPS for width in self.widths):
@@ -80,7 +81,7 @@ class LatentNorm(nn.BatchNorm2d):
     running_var: Tensor
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, affine=False, momentum=0.02)
+        super().__init__(channels, affine=False, momentum=_MOMENTUM)
 
     def forward(self, latents: Tensor) -> Tensor:
         if not self.training or distributed.world_size() == 1:
@@ -95,8 +96,8 @@ class LatentNorm(nn.BatchNorm2d):
         mean, variance = centre + shift, (square - shift.square()).clamp(min=0)
         count = x.numel() // x.shape[1] * distributed.world_size()
         with torch.no_grad():
-            self.running_mean.lerp_(mean, 0.02)
-            self.running_var.lerp_(variance * count / max(1, count - 1), 0.02)
+            self.running_mean.lerp_(mean, _MOMENTUM)
+            self.running_var.lerp_(variance * count / max(1, count - 1), _MOMENTUM)
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return (x - mean[:, None, None]) * (variance + self.eps).rsqrt()[:, None, None]
 
@@ -132,15 +133,11 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> latents `z_0` `[B, h, w, C]`, mean 0, variance 1."""
-        return self.normalise(self.encoder(images)).permute(0, 2, 3, 1)
+        return self.normalise(self.raw_latents(images)).permute(0, 2, 3, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, h, w, C]` -> images `[B, 3, H, W]`, about [-1, 1], not clamped."""
         return self.decoder(latents.permute(0, 3, 1, 2))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction of the images, codes left out."""
-        return self.decode(self.encode(images))
 
 
 def _encoder(config: AutoencoderConfig) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmrdpm import distributed
 from mmrdpm.errors import RecipeError
-from mmrdpm.rdpm.usage import Usage, perplexity_of
+from mmrdpm.rdpm.usage import Usage
 
 
 class Codebook(nn.Module):
@@ -132,7 +132,11 @@ class CodebookFit:
 
     @torch.no_grad()
     def observe(self, residual: Tensor, timestep: int, generator: torch.Generator) -> Tensor:
-        """Fits gain and codes of one timestep to residuals `[..., C]`; gives them quantised."""
+        """Fits gain and codes of one timestep to residuals `[..., C]`; gives them quantised.
+
+        Args:
+            generator: on the CPU, the same on all ranks.
+        """
         codebook, row = self.codebook, timestep - 1
         table = row if codebook.per_step else 0
         scale = distributed.mean_over_ranks(residual.square().mean()).sqrt().clamp(min=1e-8)
@@ -141,7 +145,7 @@ class CodebookFit:
         fresh = not self.counts[table].any()
         flat = residual.reshape(len(residual), -1, residual.shape[-1]) / codebook.gains[row]
         if fresh:
-            codebook.table(timestep)[:] = _draw(flat, codebook.sizes[row], generator)
+            codebook.table(timestep)[:] = self._first_codes(flat, row, generator)
         code_indices = codebook.nearest(residual, timestep)
         counts = self._average(flat, code_indices, table)
         quantised = codebook.lookup(code_indices, timestep)
@@ -156,6 +160,15 @@ class CodebookFit:
         self.counts = self.present * (self.counts.sum(0) / having)
         self.sums = self.present[..., None] * (self.sums.sum(0) / having[:, None])
         self.codebook.codes[:] = self.sums / self.counts[..., None].clamp(min=1e-6)
+
+    def _first_codes(self, flat: Tensor, row: int, generator: torch.Generator) -> Tensor:
+        """Residuals of the batch; as far as the table of the step before has codes, those."""
+        size, before = self.codebook.sizes[row], row + 1
+        codes = _draw(flat, size, generator)
+        if before < len(self.counts) and self.counts[before].any():
+            alike = min(size, self.codebook.sizes[before])
+            codes[:alike] = self.codebook.codes[before, :alike]
+        return codes
 
     def _average(self, flat: Tensor, chosen: Tensor, table: int) -> Tensor:
         """Moves a table to the mean of what chose each code; gives how often each was chosen."""
@@ -179,11 +192,6 @@ class CodebookFit:
         self.counts[table, dead] = mean_count
         self.sums[table, dead] = seeds * mean_count
         return dead.sum()
-
-
-def perplexity(code_indices: Tensor, size: int) -> float:
-    """`exp(entropy)` of the codes' use, 1..size: how many codes are in effective use."""
-    return perplexity_of(torch.bincount(code_indices.reshape(-1), minlength=size))
 
 
 def _draw(flat: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -29,28 +29,20 @@ class ImageTokenizerConfig:
     Attributes:
         autoencoder: our own by its shapes, or a published one by `diffusers`.
         eta: share of fresh noise, of the trajectory `ancestral` alone.
-        codebook_size: K, the range of code indices, and the size of a table unless
-        codebook_sizes: give the size per timestep in the order of drawing, T first; they need a
-            table per timestep.
+        codebook_size: K; code indices are 0..K-1.
+        codebook_sizes: of each timestep's table, each 1..K, in the order of drawing, T first; empty
+            is K for all. Sizes that differ need `per_step_codebook`.
+        per_step_codebook: whether each timestep has a table of its own.
     """
 
     autoencoder: PublishedConfig | AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    num_timesteps: int = field(default=10, metadata={"min": 1})
+    num_timesteps: int = field(default=10, metadata={"min": 1, "max": 1000})
     schedule: str = "linear"
     trajectory: str = "path"
     eta: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
     codebook_size: int = field(default=1024, metadata={"min": 1})
     codebook_sizes: tuple[int, ...] = ()
     per_step_codebook: bool = False
-
-
-def make_autoencoder(
-    config: PublishedConfig | AutoencoderConfig,
-) -> Autoencoder | PublishedAutoencoder:
-    """An autoencoder of that shape, its weights not yet those of any training."""
-    if isinstance(config, PublishedConfig):
-        return PublishedAutoencoder(config)
-    return Autoencoder(config)
 
 
 @dataclass(frozen=True)
@@ -78,9 +70,13 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.noise_pool = 0
-        self.autoencoder = make_autoencoder(config.autoencoder)
-        self.schedule = Schedule(config.schedule, config.num_timesteps)
-        self.trajectory = make_trajectory(config.trajectory, self.schedule, config.eta)
+        self.autoencoder: Autoencoder | PublishedAutoencoder
+        if isinstance(config.autoencoder, PublishedConfig):
+            self.autoencoder = PublishedAutoencoder(config.autoencoder)
+        else:
+            self.autoencoder = Autoencoder(config.autoencoder)
+        schedule = Schedule(config.schedule, config.num_timesteps)
+        self.trajectory = make_trajectory(config.trajectory, schedule, config.eta)
         self.codebook = Codebook(
             config.num_timesteps,
             config.codebook_size,

@@ -58,7 +58,8 @@ class Discriminator(nn.Sequential):
     place of batch norms, which would mix what is real and what is made over ranks.
     """
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self) -> None:
+        width = 64  # channels of the first layer
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for before, after, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
             layers += [

@@ -58,7 +58,7 @@ class Usage:
         A timestep that saw fewer residuals than it has codes is judged by their number.
         """
         return [
-            perplexity_of(counts[:size]) / max(1.0, min(size, counts.sum().item()))
+            perplexity_of_counts(counts[:size]) / max(1.0, min(size, counts.sum().item()))
             for counts, size in zip(self.counts, self.sizes, strict=True)
         ]
 
@@ -113,8 +113,13 @@ class Usage:
             getattr(self, name).copy_(state[name])
 
 
-def perplexity_of(counts: Tensor) -> float:
-    """`exp(entropy)` of counts `[K]`: how many of K codes are in effective use."""
+def perplexity(code_indices: Tensor, size: int) -> float:
+    """`exp(entropy)` of the use of `size` codes: how many of them are in effective use."""
+    return perplexity_of_counts(torch.bincount(code_indices.reshape(-1), minlength=size))
+
+
+def perplexity_of_counts(counts: Tensor) -> float:
+    """`perplexity` of codes that were used so many times, `[K]`: 1..K."""
     share = counts.double()
     share = share / share.sum()
     return torch.exp(-torch.xlogy(share, share).sum()).item()

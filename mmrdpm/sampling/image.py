@@ -55,6 +55,9 @@ class Guided(Choice):
             of all codes by their probabilities: the error of a code is then not left. What was not
             decided before them is averaged, so that a few leave an image its variety and all of
             them (T or more) next to none. Temperature, top-k and top-p are not of these steps.
+
+    Raises:
+        UsageError: a number is out of range, or there is no such schedule.
     """
 
     guidance_scale: float = field(default=3.0, metadata={"min": 0.0})
@@ -103,10 +106,11 @@ def sample_images(
     requests: Sequence[Request],
     how: Guided,
 ) -> Tensor:
-    """One image per request.
+    """One image per request; their captions may differ in length.
 
     Returns:
-        Every state, float32 `[T + 1, B, *grid, C]`, row 0 the images' latents.
+        Every state on the model's device, float32 `[T + 1, B, *grid, C]`, row 0 the images'
+        latents.
     """
     sampler = Sampler(model, tokenizer, vocabulary, how)
     shape = (tokenizer.num_timesteps + 1, len(requests), *tokenizer.grid, tokenizer.latent_channels)

@@ -173,7 +173,8 @@ def count_flops(recipe: ModelRecipe) -> tuple[float, int]:
         with FlopCounterMode(display=False) as counter:
             for packed in batches:
                 made = loss(
-                    *(model, packed, recipe.train.text_weight),
+                    *(model, packed),
+                    text_weight=recipe.train.text_weight,
                     soft_labels=recipe.train.soft_labels,
                     codes_apart=recipe.train.codes_apart,
                 )

@@ -174,10 +174,10 @@ class Run:
         trainer = self._trainer(self.plan["lr"], steps)
         shares = range(1, budget.points + 1)
         stops = sorted({max(1, round(steps * i / budget.points)) for i in shares})
-        memory = measure.Peak()
+        whole, memory = checkpoint.newest(self.folder / "run") is None, measure.Peak()
         done = fit(trainer, self.folder / "run", stops, lambda m: self._judge(trainer, m))
-        if done:
-            self._write_results(trainer, memory.megabytes())
+        if done:  # a part of a training does not tell what the whole took
+            self._write_results(trainer, memory.megabytes() if whole else None)
         return done
 
     def _trainer(self, lr: float, steps: int) -> Trainer:
