@@ -90,10 +90,7 @@ class Parallel:
         objective.to_empty(device=device)
         _initialise(objective.transformer)
         if mode == "ddp":
-            # buffers hold the codebook, the same on all ranks from the start
-            self.module = DistributedDataParallel(
-                objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.module = DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
     @property
     def sharded(self) -> bool:
