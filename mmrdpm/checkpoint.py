@@ -322,11 +322,7 @@ def state_of(path: Path, needed: Collection[str] = ()) -> Any:
 
 
 def check_keys(path: Path, state: Collection[str], needed: Collection[str]) -> None:
-    """Looks whether a part of the state saved with the weights at `path` has all it needs.
-
-    Raises:
-        CheckpointError: something is lacking.
-    """
+    """Raises CheckpointError if the state saved with the weights at `path` lacks something."""
     if missing := set(needed) - set(state):
         raise CheckpointError(
             f"{path}: its state lacks {', '.join(sorted(missing))}: go on with the version of"

@@ -140,15 +140,8 @@ class Trainer:
         self.transformer.recompute = plan.recompute
         self.parameters = sum(p.numel() for p in self.transformer.parameters())
         torch.manual_seed(plan.seed)
-        objective = Objective(
-            self.transformer,
-            text_weight=plan.text_weight,
-            z_weight=plan.z_loss,
-            soft_labels=plan.soft_labels,
-            codes_apart=plan.codes_apart,
-        )
         mode = parallel.resolve(plan.parallel, self.parameters, self.device)
-        self.parallel = Parallel(objective, mode, self.device, self.dtype)
+        self.parallel = Parallel(self._objective(), mode, self.device, self.dtype)
         guesses = self.images.estimates(recipe.model.sees_start_noise)
         self.transformer.know_codes(self.images.codebook.codes, guesses)
         self.origin = ""
@@ -177,6 +170,16 @@ class Trainer:
             run / checkpoint.SKIPPED_FILE,
         )
         self.latest: dict[str, float] = {}
+
+    def _objective(self) -> Objective:
+        plan = self.recipe.train
+        return Objective(
+            self.transformer,
+            text_weight=plan.text_weight,
+            z_weight=plan.z_loss,
+            soft_labels=plan.soft_labels,
+            codes_apart=plan.codes_apart,
+        )
 
     def _meter(self) -> Meter:
         model = self.transformer
