@@ -112,14 +112,15 @@ def plot(figures: dict[str, Any]) -> str:
 def _growth(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
     """An update's seconds and bytes as one number of the recipe grows; see `measure.growth`.
 
-    Uncompiled, as what a compiled layer holds could not be followed, and with new weights.
+    Uncompiled and with attention by sdpa, as what compiled layers and flex hold could not be
+    followed, and with new weights.
     """
     with tempfile.TemporaryDirectory() as folder:
         whole = pretrained.complete(recipe, Path(folder))
     plain = replace(
         whole,
         model=replace(whole.model, init_from=""),
-        train=replace(whole.train, compile=False),
+        train=replace(whole.train, compile=False, attention="sdpa"),
     )
     grown = {}
     for name, (section, key) in GROWN.items():
