@@ -43,17 +43,18 @@ def main(names: list[str], overrides: list[str]) -> None:
         quality, images = Quality(scene, loaded.judging, judge), scene.images
         images.noise_pool = loaded.ours.noise_pool
         chosen = quality.group.indices
-        latents = scene.latents[chosen]
+        latents = scene.latents[chosen].to(machine.device())
         if name in PEERS:
             with tempfile.TemporaryDirectory() as folder:
-                codes = peers.make(name, loaded, scene, Path(folder)).codes
+                codes = peers.make(name, loaded, scene, Path(folder)).codes.to(latents.device)
             through = codes.partial(codes.encode(latents))
             about = {"peer": name, "sides": codes.sides, "codebook_size": codes.codebook.size}
         else:
             through = images.encode_latents(latents, range(len(latents)))[1][0]
             about = {"tokenizer": Path(name).name, "steps": images.num_timesteps}
             about |= {"noise_pool": images.noise_pool, "codebook_size": images.codebook_size}
-        left = psnr(images.decode_latents(through), to_tensor(scene.data.images[chosen]))
+        drawn = images.decode_latents(through).cpu()
+        left = psnr(drawn, to_tensor(scene.data.images[chosen]))
         figures = {
             "count": len(latents),
             "psnr": left.mean().item(),

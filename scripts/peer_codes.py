@@ -18,7 +18,8 @@ SIDES = ([4] * 4, [4] * 5, [4] * 6, [1, 2, 3, *[4] * 4], [1, 2, 3, *[4] * 6])
 def main() -> None:
     machine.prepare(2)
     scene = Scene(recipe.load(PeerBench, shipped.resolve("recipes", "peers/emoji")))
-    images, latents = scene.images, scene.training_latents[:PICTURES]
+    images = scene.images.cpu()
+    latents = scene.training_latents[:PICTURES]
     chosen = scene.data.indices("train")[:PICTURES]
     pixels = to_tensor(scene.data.images[chosen])
 

@@ -129,7 +129,8 @@ def test_a_sharded_run_killed_goes_on(compiled, shared_recipe, tmp_path):
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_pictures_and_captions_are_those_of_a_cpu(tiny_run):
+def test_pictures_and_captions_are_those_of_a_cpu(on, tiny_run):
+    on(CUDA)
     model = api.load(tiny_run)
     assert model.transformer.table.weight.is_cuda
     cpu = api.load(tiny_run).to("cpu")

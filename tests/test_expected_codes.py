@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mmrdpm
-from mmrdpm import shipped
+from mmrdpm import machine, shipped
 from mmrdpm.bench.peers.ours import Ours
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.emoji_stream import latents_of
@@ -200,6 +200,7 @@ def test_what_is_not_decided_is_averaged_and_the_first_steps_decide(shipped_mode
 def test_peers_judge_ours_at_temperatures_while_codes_are_drawn(peer_recipe, peer_scene, steps):
     torch.manual_seed(0)
     peer = Ours(replace(peer_recipe.ours, expected_steps=steps), peer_scene)
+    peer.to(machine.device())  # where the tokeniser is
     for parameter in peer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     judging = replace(peer_recipe.judging, temperatures=(0.4, 9.0))

@@ -9,6 +9,7 @@ import torch
 for package in ("diffusers", "transformers", "transfusion_pytorch"):
     pytest.importorskip(package, reason="the extra `peers` is not installed")
 
+from mmrdpm import machine
 from mmrdpm.bench.peers.flow_matching import TRAINING_TIMES
 from mmrdpm.bench.peers.peers import MAKERS, make
 from mmrdpm.bench.peers.protocol import Batch, How, guided
@@ -48,7 +49,8 @@ def test_the_flow_of_a_caption_leaves_out_what_all_captions_share(build_peer):
 )
 def test_what_is_counted_is_learned(name, idle, build_peer, peer_scene):
     """Where pictures and captions have every id, all that is counted has a gradient."""
-    peer, ids = build_peer(name), torch.arange(peer_scene.texts.size).tensor_split(64)
+    peer = build_peer(name).to(machine.device())
+    ids = torch.arange(peer_scene.texts.size).tensor_split(64)
     batch = Batch([tuple(i.tolist()) for i in ids], peer_scene.training_latents[:64], [0] * 64)
     peer.loss(batch).backward()
     counted = [p for p in peer.parameters() if p.requires_grad]

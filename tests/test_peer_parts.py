@@ -12,7 +12,7 @@ for package in ("diffusers", "transformers", "transfusion_pytorch", "matplotlib"
     pytest.importorskip(package, reason="the extra `peers` is not installed")
 
 import mmrdpm
-from mmrdpm import recipe, shipped
+from mmrdpm import machine, recipe, shipped
 from mmrdpm.bench.peers import ours, report
 from mmrdpm.bench.peers.codes import ResidualCodes
 from mmrdpm.bench.peers.protocol import Judging, PeerBench, Scene, left_padded
@@ -79,7 +79,7 @@ def test_ours_learns_so_many_timesteps_of_a_picture(smoke, monkeypatch):
     )
     for steps in (1, 4, 99):
         shape = replace(loaded.ours, steps_per_image=steps)
-        ours.Ours(shape, scene).loss(scene.batch(seed=0, step=0, size=3))
+        ours.Ours(shape, scene).to(machine.device()).loss(scene.batch(seed=0, step=0, size=3))
         timesteps = learned[-1].timesteps[learned[-1].targets != NO_TARGET]
         of_a_picture, positions = min(steps, scene.images.num_timesteps), 4 * 4
         assert len(timesteps) == 3 * of_a_picture * positions and timesteps.min() >= 1
@@ -88,7 +88,7 @@ def test_ours_learns_so_many_timesteps_of_a_picture(smoke, monkeypatch):
 def test_ours_in_rows_of_several_pictures_learns_what_it_learns_one_by_one(smoke, monkeypatch):
     loaded, scene = smoke
     batch = scene.batch(seed=0, step=0, size=21)
-    peer = ours.Ours(loaded.ours, scene)
+    peer = ours.Ours(loaded.ours, scene).to(machine.device())
 
     def learned():
         peer.zero_grad()

@@ -115,13 +115,23 @@ class Trainer:
     def flops_per_update(self) -> float:
         """Forward and backward of real updates, the mean of a few; weights stay as they are.
 
-        torch does not count its fused attention on a CPU, so attention runs unfused meanwhile.
+        On the CPU, so that it is the same number on every machine: ours attends otherwise on a GPU.
+        torch does not count its fused attention there, so attention runs unfused meanwhile.
         """
+        device, dtype = self.device, self.dtype
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._move_to(self.device)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             for step in range(_COUNTED):
                 self.backward(step)
         self.peer.zero_grad()
+        self.device, self.dtype = device, dtype
+        self._move_to(device)
         return counter.get_total_flops() / _COUNTED
+
+    def _move_to(self, device: torch.device) -> None:
+        self.peer.to(device)
+        self.scene.images.to(device)
 
     def save(self, run: Path) -> None:
         """Writes a checkpoint of the run."""
