@@ -183,7 +183,7 @@ def test_a_backend_equals_sdpa_forward_and_backward(name, dtype, length):
     shared = torch.randn(*layout.kinds.shape, 8, 32, device="cuda", generator=generator)
 
     def results(attend, dtype):
-        q, k, v = (x.to(dtype).requires_grad_() for x in shared.to(dtype).split((4, 2, 2), dim=2))
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in shared.split((4, 2, 2), dim=2))
         out = torch.where(inside, attend(q, k, v), 0)
         out.float().square().sum().backward()
         return out, q.grad, k.grad, v.grad
