@@ -7,6 +7,7 @@ import tempfile
 from contextlib import contextmanager
 from typing import ClassVar
 
+import processes
 import pytest
 import torch
 import yaml
@@ -70,6 +71,7 @@ def no_orphans(monkeypatch):
         if process.poll() is None:
             process.kill()
             process.communicate()
+    processes.end_all()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,10 +1,9 @@
 """Ranks as a scheduler starts them, real processes, and what they have logged."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
+
+from processes import start
 
 from mmrdpm import checkpoint
 
@@ -27,16 +26,8 @@ def start_ranks(recipe_file, run, *more, program=("-m", "mmrdpm", "train"), node
     common["MASTER_PORT"] = free_port()
     own = [{"RANK": str(r), "LOCAL_RANK": str(r % 2)} for r in range(size)]
     own[-1] |= dict(of_last)
-    return [
-        subprocess.Popen(
-            [sys.executable, *program, str(recipe_file), "--run", str(run), *more],
-            env={**os.environ, **common, **mine},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for mine in own
-    ]
+    command = (*program, recipe_file, "--run", run, *more)
+    return [start(*command, env={**common, **mine}) for mine in own]
 
 
 def finish(processes):

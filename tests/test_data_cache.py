@@ -1,7 +1,6 @@
 """The latent cache and `data inspect`, as a user runs them: real processes, killed for real."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
 import yaml
@@ -306,17 +306,10 @@ def cache_recipe(folder, tiny_tokenizers, tmp_path_factory):
 
 
 def test_two_ranks_killed_and_started_again_make_one_cache(cache_recipe, cache, tmp_path):
-    command = [sys.executable, "-m", "mmrdpm", "data", "cache", str(cache_recipe)]
-    command += ["--out", str(tmp_path), "--per-shard", "1"]
+    command = ["-m", "mmrdpm", "data", "cache", cache_recipe, "--out", tmp_path, "--per-shard", "1"]
 
     def start(rank):
-        return subprocess.Popen(
-            command,
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return processes.start(*command, env={"RANK": str(rank), "WORLD_SIZE": "2"})
 
     first = start(0)
     end = time.monotonic() + 60

@@ -1,11 +1,10 @@
 """A sharded model on several ranks: on nodes that copy it, in turns, on disk."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import start
 from ranks import finish, losses, remove_after, start_ranks
 
 from mmrdpm import checkpoint, recipe, weights
@@ -210,8 +209,9 @@ def test_turns_stay_exact_where_layers_are_gathered_narrow_and_muon_shares_an_od
 def test_a_loss_that_is_bad_on_one_rank_takes_both_back_to_one_checkpoint(shared_recipe, tmp_path):
     (tmp_path / "spoiled.py").write_text(SPOILED)
     program, patience = (str(tmp_path / "spoiled.py"),), "train.guard.patience=3"
-    one = [sys.executable, *program, str(shared_recipe), "--run", str(tmp_path / "one"), patience]
-    subprocess.run(one, check=True, capture_output=True)
+    alone = [start(*program, shared_recipe, "--run", tmp_path / "one", patience)]
+    codes, _, err = finish(alone)
+    assert codes == [0], err
     run = tmp_path / "two"
     sharded = [patience, "train.parallel=fsdp"]
     codes, _, err = finish(start_ranks(shared_recipe, run, *sharded, program=program))

@@ -1,10 +1,7 @@
 """Image tokenisers on any data: exact resume, ranks, losses, published autoencoders, collapse."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +10,8 @@ import torch
 import yaml
 from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
+from processes import start
+from ranks import finish, start_ranks
 
 from mmrdpm import checkpoint, recipe, tree, weights
 from mmrdpm.cli import main
@@ -127,15 +126,6 @@ def test_the_averaged_weights_are_what_is_kept(finished):
     assert not torch.equal(raw[f"autoencoder.{name}"], before[name])
 
 
-TRAIN = """
-import sys
-from pathlib import Path
-from mmrdpm import recipe
-from mmrdpm.train_tokenizer import ImageTokenizerRecipe, train_image
-train_image(recipe.load(ImageTokenizerRecipe, sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
 def test_two_ranks_train_the_tokeniser_of_one_process(full_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two ranks would want two GPUs
     path, run = tmp_path / "recipe.yaml", tmp_path / "run"
@@ -144,22 +134,11 @@ def test_two_ranks_train_the_tokeniser_of_one_process(full_recipe, tmp_path, mon
     mapping["train"]["precision"], mapping["checkpoint"]["every"] = "fp32", 20
     plain = recipe.from_dict(ImageTokenizerRecipe, mapping, "test")
     recipe.dump(plain, path)
-    subprocess.run([sys.executable, "-c", TRAIN, str(path), str(tmp_path / "alone")], check=True)
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = str(s.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN, str(path), str(run)],
-            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    for rank in ranks:
-        _, said = rank.communicate(timeout=120)
-        assert rank.returncode == 0, said
+    program = ("-m", "mmrdpm", "tokenizer", "train")
+    alone = [start(*program, path, "--run", tmp_path / "alone")]
+    for ranks in (alone, start_ranks(path, run, program=program)):
+        codes, _, err = finish(ranks)
+        assert not any(codes), err
     for one, two in zip(losses(tmp_path / "alone"), losses(run), strict=True):
         assert one.keys() == two.keys()
         parts = ("autoencoder", "codebook", "decoder", "discriminator")

@@ -6,11 +6,10 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 import yaml
@@ -26,11 +25,8 @@ from mmrdpm.samples import Samples, sample
 from mmrdpm.train_model import Trainer, train
 
 
-def start(recipe, run, *more, **kwargs):
-    command = [sys.executable, "-m", "mmrdpm", "train", str(recipe), "--run", str(run), *more]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
+def start(recipe, run, *more, **how):
+    return processes.start("-m", "mmrdpm", "train", recipe, "--run", run, *more, **how)
 
 
 def finish(process):
@@ -333,16 +329,17 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_recipe, tiny_run, tmp
     assert checkpoint.state_of(path)["step"] == int(path.stem.removeprefix("step-"))
 
 
+def no_room():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_recipe, tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     (run / "step-0000012.safetensors").unlink()  # as it was after step 8
     before = newest_bytes(run)
 
-    def no_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    code, messages = finish(start(tiny_recipe, run, "--resume", preexec_fn=no_room))
+    code, messages = finish(start(tiny_recipe, run, "--resume", before=no_room))
     assert code == 1
     assert "Traceback" not in messages
     assert "make room and run the command again" in messages.splitlines()[-1]
