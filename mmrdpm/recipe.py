@@ -15,6 +15,8 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -44,6 +46,11 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+@lru_cache(maxsize=256)  # a sweep reads its base recipes anew for every variant
+def _parsed(text: str) -> Any:
+    return yaml.load(text, _Strict)
+
+
 def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
     """Reads a recipe and applies overrides such as `train.lr=3e-4`.
 
@@ -61,7 +68,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), _Strict)
+        mapping = deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except _NO_YAML as error:
@@ -113,7 +120,7 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise RecipeError(f"override {override!r}: write it as key=value, e.g. train.lr=3e-4")
     try:
-        value = yaml.load(text, _Strict)
+        value = deepcopy(_parsed(text))
     except _NO_YAML as error:
         why = _why(error)
         raise RecipeError(f"override {override!r}: the value is not valid YAML: {why}") from None

@@ -71,17 +71,23 @@ def silent(line):
     pass
 
 
+def unwritten(drawn, path):
+    """In place of `plots.save`, which takes longer than all else."""
+
+
 def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
-    pixel_features, tiny_sweep, tiny_recipe, tmp_path, capsys
+    pixel_features, tiny_sweep, tiny_recipe, tmp_path, capsys, monkeypatch
 ):
     path, out = tiny_sweep(), tmp_path / "out"
     command = ["sweep", str(path), "--out", str(out)]
-    assert main([*command, "--only", "base", "seeds=[7]"]) == 0
-    (seventh,) = Records(out / "results.jsonl").all()
-    assert seventh["seed"] == 7
-    (out / "results.jsonl").unlink()
-    assert main([*command, "--only", "base"]) == 0
-    assert len(Records(out / "results.jsonl").all()) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "save", unwritten)
+        assert main([*command, "--only", "base", "seeds=[7]"]) == 0
+        (seventh,) = Records(out / "results.jsonl").all()
+        assert seventh["seed"] == 7
+        (out / "results.jsonl").unlink()
+        assert main([*command, "--only", "base"]) == 0
+        assert len(Records(out / "results.jsonl").all()) == 1
     assert main(["sweep", str(path), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed.endswith((out / "tiny.md").read_text() + f"\n{out / 'tiny.md'}\n")
@@ -99,6 +105,7 @@ def test_a_sweep_trains_each_thing_once_and_goes_on_where_it_is(
     assert table.count("\n| base |") == 2 and table.count("\n| guided |") == 1
     for plot in ("variants", "quality", "steps", "tokenizers"):
         assert (out / f"tiny-{plot}.svg").read_text().startswith("<?xml")
+    monkeypatch.setattr(plots, "save", unwritten)
     assert base["judge"]["evaluator"] == "pixels" and "pairs of one name" in base["judge"]["kernel"]
     others = report(replace(spec.load(path), seeds=(5,)), out)  # a sweep beside it in the folder
     assert "| guided |" not in others.read_text()

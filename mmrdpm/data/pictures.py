@@ -133,6 +133,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode == "La":
         picture = picture.convert("LA")
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
     rgba = picture.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,10 @@ from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizerConfig
 from mmrdpm.sampling.image import Guided
+from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.train_tokenizer import ImageTokenizerRecipe
+
+Texts = Callable[[str], TextTokenizer]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")  # of a variant
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of the sweep
@@ -124,15 +128,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise RecipeError(f"{path}: tflops is 0, which trains nothing: give the budget of a run")
     if not names or not sweep.seeds or not (sweep.model_recipe or sweep.tokenizer_recipe):
         raise RecipeError(f"{path}: a sweep needs variants, seeds, and a base recipe")
+    load_texts = cache(_load_texts)  # most variants have the same
     for variant in sweep.variants:
         try:
-            _check(sweep, variant)
+            _check(sweep, variant, load_texts)
         except MmrdpmError as error:
             raise RecipeError(f"{path}: variant {variant.name}: {error}") from None
     return sweep
 
 
-def _check(sweep: Sweep, variant: Variant) -> None:
+def _load_texts(name: str) -> TextTokenizer:
+    return text_tokenizer.load(hub.resolve("tokenizers", name, text_tokenizer.FILES))
+
+
+def _check(sweep: Sweep, variant: Variant, load_texts: Texts) -> None:
     if variant.tokenizer and not sweep.tokenizer_recipe:
         raise RecipeError("it overrides the tokeniser: set tokenizer_recipe")
     if (variant.model or variant.sampling) and not sweep.model_recipe:
@@ -140,7 +149,7 @@ def _check(sweep: Sweep, variant: Variant) -> None:
     if sweep.tokenizer_recipe:
         tokenizer_recipe(sweep, variant)
     if sweep.model_recipe:
-        _check_model(sweep, variant)
+        _check_model(sweep, variant, load_texts)
         sampling(sweep, variant)
     if sweep.chart == "lr":
         keys = {override.partition("=")[0] for override in variant.model}
@@ -148,7 +157,7 @@ def _check(sweep: Sweep, variant: Variant) -> None:
             raise RecipeError("chart: lr needs model.width and train.lr in its model overrides")
 
 
-def _check_model(sweep: Sweep, variant: Variant) -> None:
+def _check_model(sweep: Sweep, variant: Variant, load_texts: Texts) -> None:
     model = model_recipe(sweep, variant, steps=1, seed=0)
     given = recipe.override({}, variant.model)
     for section, key, instead in (
@@ -159,7 +168,7 @@ def _check_model(sweep: Sweep, variant: Variant) -> None:
         if key in (given.get(section) or {}):
             raise RecipeError(f"{section}.{key} is set by the sweep: use its key {instead}")
     if model.tokenizers.text:  # else it is that of model.init_from
-        text_tokenizer.load(hub.resolve("tokenizers", model.tokenizers.text, text_tokenizer.FILES))
+        load_texts(model.tokenizers.text)
     timesteps = _image_config(sweep, variant, model.tokenizers.image).num_timesteps
     if model.data.steps_per_image > timesteps:  # as the drafts of documents want it
         raise RecipeError(
