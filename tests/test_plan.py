@@ -24,6 +24,12 @@ from mmrdpm.train_model import Trainer
 MIDDLE = ["model.layers=4", "model.width=256", "model.heads=4", "model.kv_heads=2", "model.ffn=512"]
 
 
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch):
+    """FLOP/s of this machine, which half a second would measure for every plan."""
+    monkeypatch.setattr(machine, "measured_rate", lambda *_, **__: 1e11)
+
+
 def load(path, *overrides):
     return recipe.load(ModelRecipe, path, overrides)
 
@@ -162,8 +168,6 @@ def test_a_gpu_waits_for_the_host_where_there_is_little_to_do(tiny_recipe):
 
 
 def test_bfloat16_that_a_cpu_would_emulate_is_warned_of(tiny_recipe, monkeypatch):
-    monkeypatch.setattr(machine, "measured_rate", lambda *_, **__: 1e9)
-
     def warned(kind, precision, has):
         monkeypatch.setattr(machine, "has_bfloat16", lambda _: has)
         said = lines(make_plan(load(tiny_recipe, f"train.precision={precision}"), 1, kind))
