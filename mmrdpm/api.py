@@ -193,7 +193,7 @@ class Model:
             UsageError: a prompt is empty or too long, a number is out of range, or there are seeds
                 for some prompts only.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise UsageError("generate takes a list of prompts: put the text in [brackets]")
         _check_count("n", n)
         seeds = _seeds(seed, len(prompts))
@@ -262,9 +262,11 @@ class Model:
         Among all ids that are no code, of which no text has any.
 
         Raises:
-            UsageError: it is no picture, or the text is longer than the context.
+            UsageError: it is no picture, or the text is none or longer than the context.
         """
         _pictures([image])
+        if not isinstance(text, str):
+            raise UsageError(f"{text!r:.40} is no text: give one to score")
         ids = (*self.texts.encode(text), self.vocabulary.eos)
         before, picture, after = self._looked_at(image)
         document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
@@ -370,7 +372,7 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def _pictures(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
-    if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
+    if not isinstance(images, Sequence) or not all(isinstance(i, Image.Image) for i in images):
         raise UsageError("give a list of pictures: [PIL.Image.open(path), ...]")
     if any(image.mode == "F" for image in images):  # nothing says which values are black and white
         raise UsageError("a picture has floating point pixels: convert it to 8 bits a channel")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image
 
 import mmrdpm
 from mmrdpm.document import TextSegment, pack
@@ -62,6 +62,18 @@ def test_a_caption_depends_on_its_picture_alone(model):
     assert together == [model.caption([p])[0] for p in pictures]
 
 
+def test_a_picture_is_seen_upright(model, tmp_path):
+    """As a file's tag says it is to be turned, by whomever it was opened."""
+    upright = picture()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter clockwise
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        seen, expected = model.reconstruct([turned, upright])
+        assert same(seen, expected)
+        assert model.score(turned, "a") == model.score(upright, "a")
+
+
 def test_the_score_is_the_likelihood_of_every_continuation(model):
     """Of no token and of one: the model's own probabilities of the token and of the end."""
     model = model.to("cpu")
@@ -107,6 +119,7 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
         (lambda m: m.generate([" "]), "the prompt is empty"),
         (lambda m: m.generate(["word " * 200]), "make it shorter"),
         (lambda m: m.generate("red heart"), "list of prompts"),
+        (lambda m: m.generate(p for p in ["a"]), "list of prompts"),
         (lambda m: m.generate(["a"], seed=-1), "seed -1"),
         (lambda m: m.generate(["a"], seed=1.5), "whole number"),
         (lambda m: m.generate(["a"], n=0), "at least 1"),
@@ -117,6 +130,8 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
         (lambda m: m.generate(["a"], expected_steps=-1), "expected steps -1"),
         (lambda m: m.generate(["a"], expected_steps=1.5), "whole number"),
         (lambda m: m.caption(Image.new("RGB", (4, 4))), "list of pictures"),
+        (lambda m: m.caption(p for p in [Image.new("RGB", (4, 4))]), "list of pictures"),
+        (lambda m: m.score(Image.new("RGB", (4, 4)), None), "None is no text"),
         (lambda m: m.generate(["a"], temperature=-1.0), "temperature -1.0"),
         (lambda m: m.generate(["a"], top_k=2.0), "top-k 2.0 must be a whole number"),
         (lambda m: m.caption([Image.new("F", (4, 4), 0.5)]), "floating point pixels"),

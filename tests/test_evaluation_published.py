@@ -189,6 +189,15 @@ def small_inception(tmp_path, torch_fidelity, monkeypatch):
     return Small, keys
 
 
+def test_of_few_alike_among_the_real_ones_precision_is_whole_and_recall_small(torch_fidelity):
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(40, 8, generator=generator)
+    drawn = real.mean(0) + 1e-3 * torch.randn(20, 8, generator=generator)
+    found = published.precision_recall(drawn, real)
+    assert (found["precision"].share, found["precision"].count) == (1.0, 20)
+    assert found["recall"].share < 0.1 and found["recall"].count == 40
+
+
 PUBLISHED = "metrics=[fid, inception_score, precision_recall]"
 
 

@@ -140,14 +140,16 @@ def test_figures_of_a_perfect_model_and_of_one_that_knows_no_skin_tones(
     assert found["perfect"]["named skin tone is the nearest"] > 0.9
 
 
-def test_the_right_one_is_the_likeliest_in_its_row_or_column(monkeypatch):
-    scores = torch.tensor([[2.0, 1.0], [3.0, 4.0]])  # pictures by texts
-    monkeypatch.setattr(likelihood, "score_matrix", lambda *_: scores)
+@pytest.mark.parametrize(
+    ("scores", "expected"),  # pictures by texts
+    [([[2, 1], [3, 4]], [1.0, 0.5]), ([[4, 3], [4, 3]], [0.5, 1.0])],
+    ids=["apart", "of the same picture"],
+)
+def test_the_right_one_is_the_likeliest_in_its_row_or_column(scores, expected, monkeypatch):
+    monkeypatch.setattr(likelihood, "score_matrix", lambda *_: torch.tensor(scores).double())
     found = likelihood.retrieval(None, [Image.new("RGB", (4, 4))] * 2, ["a", "b"])
-    assert {f.name: f.value for f in found} == {
-        "image to text, top 1": 1.0,
-        "text to image, top 1": 0.5,
-    }
+    names = ("image to text, top 1", "text to image, top 1")
+    assert {f.name: f.value for f in found} == dict(zip(names, expected, strict=True))
 
 
 @pytest.mark.parametrize(

