@@ -95,6 +95,7 @@ MAY_CHANGE = frozenset(  # when a run goes on
         f"train.{name}"
         for name in ("parallel", "micro_batch_size", "recompute", "compile", "timeout", "wandb")
     }
+    | {"train.lr"}  # the way on from losses that are no numbers
 )
 
 

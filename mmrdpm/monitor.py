@@ -93,7 +93,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, done: int) -> None:
         self._folder = str(folder)
-        self._board = SummaryWriter(self._folder, purge_step=done + 1 if done else None)
+        self._board = SummaryWriter(self._folder, purge_step=done + 1)
 
     def rewind(self, done: int) -> None:
         """Hides what came after step `done`."""

@@ -7,6 +7,7 @@ was stopped, or killed, goes on as if it had not been.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -237,7 +238,8 @@ class Trainer:
         """For the log, and the few to show, since the last call. All ranks must call it."""
         logged, shown = self.meter.figures()
         guard = {"skipped_updates": self.guard.skipped, "rollbacks": self.guard.rollbacks}
-        return {**logged, **self.latest, **guard, **self.loader.figures()}, shown
+        latest = {n: v for n, v in self.latest.items() if math.isfinite(v)}  # JSON knows no others
+        return {**logged, **latest, **guard, **self.loader.figures()}, shown
 
     def _place(self) -> dict[str, Any]:
         """The place in the data of all ranks together. All ranks must call it."""
@@ -330,7 +332,7 @@ class Trainer:
         if latest is None or guard.rollbacks >= guard.config.rollbacks:
             raise TrainingError(
                 f"{run}: step {self.step}: {guard.report()}, after {guard.rollbacks} returns to a"
-                " checkpoint: lower train.lr, raise train.warmup, or look at the data"
+                " checkpoint: go on with --resume and a lower train.lr, or look at the data"
             )
         place, counts = self._place(), guard.state()
         self.restore(latest)

@@ -146,12 +146,20 @@ class Lanes:
         """The next rows.
 
         Raises:
-            DataError: too many records are broken, or a source failed.
+            DataError: too many records are broken, a source failed, or a worker was killed.
         """
         workers = min(self.plan.workers, len(self.lanes))
-        if self._parts is None:
-            self._parts = self._read(workers)
-        parts = [next(self._parts) for _ in range(max(1, workers))]
+        try:
+            if self._parts is None:
+                self._parts = self._read(workers)
+            parts = [next(self._parts) for _ in range(max(1, workers))]
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"{error}: it was killed, as happens where main memory is full: lower"
+                " data.workers, or data.look_ahead"
+            ) from None
         skipped = [one for part in parts for one in part.skipped()]
         if fault := next((part.fault for part in parts if part.fault), None):
             self.skipped_log.add(skipped)
@@ -212,7 +220,13 @@ class Lanes:
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else starting workers would draw from the global one
         )
-        return iter(loader)
+        # torch's handler would raise of a killed worker anywhere, in the middle of an update too;
+        # the next batch finds it out as well
+        before = signal.getsignal(signal.SIGCHLD)
+        parts = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -292,8 +306,7 @@ def _begin_worker(_: int) -> None:
     """Ctrl-C and SIGTERM may reach the whole process group, and the trainer wants to save first.
 
     To finish its update it may still need rows: a worker stays at the first SIGTERM, and leaves at
-    the second, late where both may be of one stop. One that died of the signal would raise
-    in the trainer at once; one that leaves does not. Where the trainer is killed, a worker that has
+    the second, late where both may be of one stop. Where the trainer is killed, a worker that has
     rows to hand over would wait for ever.
     """
     if sys.platform == "linux":
