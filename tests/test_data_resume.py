@@ -259,13 +259,15 @@ def test_indexed_lanes_read_every_record_once_an_epoch():
 
 @pytest.mark.parametrize(("sizes", "lanes"), [([4, 1, 6], 2), ([9], 4), ([3, 5], 7), ([2] * 8, 3)])
 def test_sharded_lanes_read_every_record_once_an_epoch(sizes, lanes):
-    """An epoch's number is the first of a place, which is the place after the record."""
+    """The number of a lane's shard is the first of a place, and tells its turn and the epoch."""
     source, read = Shelves(sizes), {epoch: Counter() for epoch in range(3)}
+    turns = len(sizes) * -(-lanes // len(sizes))
     for lane in range(lanes):
-        for place, record in source.records(lane, lanes, "0", None):
-            if place[0] >= 3:
+        for (turn, _), record in source.records(lane, lanes, "0", None):
+            epoch = (lane + turn * lanes) // turns
+            if epoch >= 3:
                 break
-            read[place[0]][record.key] += 1
+            read[epoch][record.key] += 1
     everything = {f"{s}/{i}": 1 for s, size in enumerate(sizes) for i in range(size)}
     assert all(epoch == everything for epoch in read.values())
 

@@ -92,6 +92,12 @@ for streaming in (False, True):
 """
 
 
+PICTURES = """
+source = open_source("it", SourceConfig("huggingface", path="who/pictures", streaming=True))
+print(sorted((record.captions, record.image) for record in source.shard(0)))
+"""
+
+
 def write_recipe(path):
     """What the recipe of a test lacks to name things on the hub."""
     mapping = yaml.safe_load(path.read_text())
@@ -210,15 +216,29 @@ def test_a_look_at_a_data_set_of_the_hub_fetches_no_more_than_it_shows(local, tm
     assert len(fetched) == 1, fetched
 
 
+def publish_pictures(folder):
+    """Image files and a file of their captions."""
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for i in range(3):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(folder / f"{i}.png")
+    return [((f"number {i}",), (folder / f"{i}.png").read_bytes()) for i in range(3)]
+
+
 def test_a_revision_is_read_and_belongs_to_the_place_in_the_data(local, tmp_path):
+    """And pictures that are files of their own come through a stream as they are stored."""
+    pictures = publish_pictures(tmp_path / "hub/datasets/who/pictures")
     newest, old = (tmp_path / f"hub/datasets/who/texts{tag}" for tag in ("", "@old"))
     publish_texts(newest)
     publish_texts(old, word="old")
     revisions = ["", "old", commit(old)]
-    with user_of(local, *revisions, "f" * 40, program=("-c", OPENER)) as process:
+    with user_of(local, *revisions, "f" * 40, program=("-c", OPENER + PICTURES)) as process:
         said, told = process.communicate(timeout=120)
     assert process.returncode == 0, told
-    for way, size in ((said.splitlines()[:4], "90 rows"), (said.splitlines()[4:], "3 shards")):
+    *lines, last = said.splitlines()
+    assert last == str(pictures)
+    for way, size in ((lines[:4], "90 rows"), (lines[4:], "3 shards")):
         now, tagged, exact, gone = way
         assert now.split("|")[0] == f"who/texts, {size}" and "|wanted " in now
         assert tagged.split("|")[0] == f"who/texts at {commit(old)}, {size}" and "|old " in tagged

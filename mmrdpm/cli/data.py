@@ -107,7 +107,8 @@ def data_cache(options: argparse.Namespace) -> None:
     _check_names(loaded.data.sources)
     distributed.take_device()
     pairs = dict(_pairs(loaded.data.sources))
-    writers = {n: _writer(s, loaded.tokenizers.image, options, n) for n, s in pairs.items()}
+    configs, images = loaded.data.sources, loaded.tokenizers.image
+    writers = {n: _writer(s, images, options, n, configs[n]) for n, s in pairs.items()}
     if not writers:
         raise UsageError(f"{options.recipe}: none of its data.sources holds image-text pairs")
     for name, writer in writers.items():
@@ -138,10 +139,12 @@ def _streams_texts(name: str, config: SourceConfig) -> bool:
         return False
 
 
-def _writer(source: Source, tokenizer: str, options: argparse.Namespace, name: str) -> CacheWriter:
+def _writer(
+    source: Source, tokenizer: str, options: argparse.Namespace, name: str, config: SourceConfig
+) -> CacheWriter:
     images = image_tokenizer.load(shipped.resolve("tokenizers", tokenizer)).to(machine.device())
-    folder = options.out / name
-    return CacheWriter(source, images, folder, tokenizer, options.per_shard, options.buckets)
+    how = (options.out / name, tokenizer, options.per_shard, options.buckets, config.taken())
+    return CacheWriter(source, images, *how)
 
 
 def _fill(

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class CacheWriter:
         per_shard: records in a shard, for sources that have numbers.
         buckets: keep aspect ratios: each image is cropped to the nearest of some sizes of about
             the tokeniser's number of pixels. Else it is padded to a square, as in training.
+        taken: what is taken of the source's data, as `SourceConfig.taken` has it.
 
     Raises:
         DataError: the folder holds a cache of other data or of another autoencoder.
@@ -61,6 +63,7 @@ class CacheWriter:
         name: str,
         per_shard: int = 1000,
         buckets: bool = False,
+        taken: str = "",
     ) -> None:
         self.source, self.tokenizer, self.folder = source, tokenizer, folder
         shards = (
@@ -77,6 +80,7 @@ class CacheWriter:
             shards=shards,
             per_shard=per_shard if isinstance(source, Indexed) else 0,
             buckets=buckets,
+            taken=taken,
         )
         shape = tokenizer.config.autoencoder
         self.sizes = bucket_sizes(shape.image_size, shape.factor) if buckets else []
@@ -86,13 +90,13 @@ class CacheWriter:
         """Writes the manifest, or checks that the one there is the same."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / MANIFEST).exists():
-            partial = self.folder / f"{MANIFEST}.{os.getpid()}.partial"
+            partial = self.folder / f"{MANIFEST}.{uuid4().hex}.partial"  # several may begin it
             self.manifest.write(partial)
             os.replace(partial, self.folder / MANIFEST)
         there = read_manifest(self.folder)
         for key, old in vars(replace(there, tokenizer=self.manifest.tokenizer)).items():
             new = getattr(self.manifest, key)
-            if old != new:
+            if old != new and not (key == "taken" and not old):  # older ones do not say
                 raise DataError(
                     f"{self.folder}: holds a cache with {key} {str(old)[:60]} (of"
                     f" {there.tokenizer}), not {str(new)[:60]} (of {self.manifest.tokenizer}):"

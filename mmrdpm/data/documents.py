@@ -233,7 +233,8 @@ class Drafter:
                 taken = item[begin : begin + limit - used]
                 run += taken
                 begin, used = begin + len(taken), used + len(taken)
-        yield _closed(done, run)
+        if done or run != [v.bos, v.eos]:  # as where the text has filled its row
+            yield _closed(done, run)
 
 
 class _Unfit(Exception):

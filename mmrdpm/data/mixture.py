@@ -19,11 +19,13 @@ class Item:
     Attributes:
         place: reading the lane from here gives this very document first.
         source: its name in the recipe.
+        first: whether it is the first of its record, which may be cut into many.
     """
 
     place: Any
     source: str
     draft: Draft | Broken
+    first: bool = True
 
 
 class MakesDrafts(Protocol):
@@ -82,5 +84,5 @@ class Mixture:
             for part, draft in enumerate(several):
                 if part >= skip:
                     here = {"record": record_number, "part": part, "next": before}
-                    yield Item(here, name, draft)
+                    yield Item(here, name, draft, part == 0)
             record_number, skip = record_number + 1, 0

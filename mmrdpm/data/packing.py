@@ -104,9 +104,9 @@ class Lane:
         """Reads until enough documents wait; the oldest of them is first in the window."""
         while self._waiting < self._look_ahead:
             item = next(self._items)
-            self.seen += 1
+            self.seen += item.first
             counts = self._by_source.setdefault(item.source, [0, 0])
-            counts[0] += 1
+            counts[0] += item.first
             if isinstance(item.draft, Broken):
                 counts[1] += 1
                 self.broken[f"{item.source}: {item.draft.cause}"] += 1

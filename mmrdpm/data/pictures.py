@@ -68,6 +68,9 @@ def stored_size(path: Path) -> tuple[int, int]:
 def _opened(source: Path | IO[bytes], where: str) -> Iterator[Image.Image]:
     """The picture, its header read; whatever fails within is a PictureError."""
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            why = ": it is no file"  # a pipe would be waited for
+            raise PictureError(where, "the picture could not be read", why)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about the file: what counts it raises
             with Image.open(source, formats=_formats()) as picture:
@@ -141,8 +144,15 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_square(picture: Image.Image, size: int) -> np.ndarray:
-    """The whole picture, upright, centred on a white square: uint8 `[size, size, 3]`."""
+    """The whole picture, upright, centred on a white square: uint8 `[size, size, 3]`.
+
+    Raises:
+        PictureError: it is so oblong that its short side would have no pixel.
+    """
     rgb = to_rgb(ImageOps.exif_transpose(picture))
+    if not round(size * min(rgb.size) / max(rgb.size)):  # nothing of it would be left
+        shape = f"{rgb.width}x{rgb.height}"
+        raise PictureError("a picture", "too oblong", f": {shape}, crop it first", shape)
     if rgb.size != (size, size):
         rgb = ImageOps.pad(rgb, (size, size), Image.Resampling.LANCZOS, color="white")
     return np.asarray(rgb)

@@ -49,9 +49,9 @@ class DataPlan:
     def __post_init__(self) -> None:
         total = math.fsum(source.weight for source in self.sources.values())
         if self.sources and abs(total - 1) > 1e-6:
-            shares = ", ".join(f"{n}: {s.weight / total:.6g}" for n, s in self.sources.items())
+            shares = ", ".join(f"{n}: {s.weight / total:.9g}" for n, s in self.sources.items())
             raise RecipeError(
-                f"data.sources: the weights add up to {total:.6g}, not to 1: to keep their ratios"
+                f"data.sources: the weights add up to {total:.9g}, not to 1: to keep their ratios"
                 f" write {shares}"
             )
         if self.image_share + self.caption_share > 1 + 1e-9:

@@ -124,7 +124,8 @@ class Sharded(Source):
     """A source of shards that can only be read from their start, such as archives and streams.
 
     Where there are fewer shards than lanes, each shard is read by several lanes, which take turns
-    in its records. Which lane reads what is drawn anew for every epoch.
+    in its records. Which lane reads what is drawn anew for every epoch; one epoch follows upon the
+    other without regard to lanes, so that none falls behind where they cannot share it evenly.
     """
 
     @abstractmethod
@@ -132,10 +133,8 @@ class Sharded(Source):
 
     def begun(self, lane: int, lanes: int, place: Place) -> float:
         """How many shards a lane has begun up to a place; of those that it shares, its part."""
-        shards = self.num_shards()
-        sharers = -(-lanes // shards)
-        epoch, n, _ = place
-        return (epoch * len(range(lane, shards * sharers, lanes)) + n + 1) / sharers
+        turn, _ = self._place(lanes, place)
+        return (turn + 1) / -(-lanes // self.num_shards())
 
     @abstractmethod
     def shard(self, index: int) -> Iterator[Record]:
@@ -144,30 +143,40 @@ class Sharded(Source):
     def records(
         self, lane: int, lanes: int, seed: str, place: Place | None
     ) -> Iterator[tuple[Place, Record]]:
-        """At place `[epoch, n, i]`, record i of the lane's n-th shard in the epoch is next."""
+        """At place `[n, i]`, record i of the lane's n-th shard is next, over all epochs."""
         shards = self.num_shards()
         sharers = -(-lanes // shards)
-        first, turn, skip = place or (0, 0, 0)
-        empty_epochs = 0  # of a lane that may have one shard alone, another one in each epoch
-        for epoch in count(first):
-            empty = True
-            for n, position in enumerate(range(lane, shards * sharers, lanes)):
-                if n < turn:
-                    empty = False  # read before the stop
-                    continue
-                shard, share = divmod(shuffled(position, shards * sharers, seed, epoch), sharers)
-                for i, record in enumerate(self.shard(shard)):
-                    empty = False
-                    if i >= skip and i % sharers == share:
-                        yield [epoch, n, i + 1], record
-                skip = 0
-            turn = 0
-            empty_epochs = empty_epochs + 1 if empty else 0
-            if empty_epochs == _EMPTY_EPOCHS:
+        first, skip = self._place(lanes, place or [0, 0])
+        empty = 0  # shards in a row
+        for turn in count(first):
+            epoch, position = divmod(lane + turn * lanes, shards * sharers)
+            shard, share = divmod(shuffled(position, shards * sharers, seed, epoch), sharers)
+            empty += 1
+            for i, record in enumerate(self.shard(shard)):
+                empty = 0
+                if i >= skip and i % sharers == share:
+                    yield [turn, i + 1], record
+            skip = 0
+            if empty == _EMPTY_EPOCHS * -(-shards * sharers // lanes):
                 raise DataError(
                     f"{self}: no records found: name other shards, or in the source's keys what"
                     " these hold"
                 )
+
+    def _place(self, lanes: int, place: Place) -> Place:
+        """`[n, i]`, also of older checkpoints, which hold `[epoch, n, i]`."""
+        if len(place) == 2:
+            return place
+        epoch, turn, i = place
+        shards = self.num_shards()
+        in_epoch, left = divmod(shards * -(-lanes // shards), lanes)
+        if left:  # of which some lanes had one shard more than others in every epoch
+            raise DataError(
+                f"{self}: the place in it was saved by an earlier version, which dealt"
+                f" {shards} shards to {lanes} rows otherwise: begin a new run, with"
+                " model.init_from=RUN to keep its weights"
+            )
+        return [epoch * in_epoch + turn, i]
 
 
 def first_epoch(source: Source, seed: str, limit: int) -> Iterator[tuple[Place, Record]]:
@@ -177,7 +186,7 @@ def first_epoch(source: Source, seed: str, limit: int) -> Iterator[tuple[Place, 
     """
     limit = min(limit, len(source)) if isinstance(source, Indexed) else limit
     for place, record in islice(source.records(0, 1, seed, None), limit):
-        if not isinstance(source, Indexed) and place[0] > 0:  # the next epoch of its shards
+        if isinstance(source, Sharded) and place[0] >= source.num_shards():  # of the next epoch
             return
         yield place, record
 

@@ -26,7 +26,7 @@ class SourceConfig:
     """One source of a mixture.
 
     Attributes:
-        weight: share of the mixture's documents; all weights add up to 1.
+        weight: share of the mixture's records; all weights add up to 1.
         path: file, folder, glob, URL or hub id, see the type.
         image, caption, text, label: names of columns, JSON keys or archive members; empty for
             the type's usual names.
@@ -46,6 +46,14 @@ class SourceConfig:
     split: str = "train"
     streaming: bool = False
     revision: str = ""
+
+    def taken(self) -> str:
+        """What is taken of the data at the path: the other keys that are set, as text."""
+        keys = [key for key in dataclasses.fields(self) if key.name not in ("weight", "path")]
+        given = {key.name: getattr(self, key.name) for key in keys}
+        return ", ".join(
+            f"{key.name}: {given[key.name]}" for key in keys if given[key.name] != key.default
+        )
 
 
 _KEYS: dict[str, str] = {

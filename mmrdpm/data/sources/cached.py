@@ -38,6 +38,7 @@ class Manifest:
         shards: how many there are once it is finished.
         per_shard: records of the source in each; 0 for one shard per shard of the source.
         buckets: whether aspect ratios are kept.
+        taken: the keys of the source, see `SourceConfig.taken`; "" where they were not noted.
     """
 
     autoencoder: str
@@ -46,6 +47,7 @@ class Manifest:
     shards: int = field(metadata={"min": 0, "max": 99_999_999})
     per_shard: int = field(metadata={"min": 0})
     buckets: bool
+    taken: str = ""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
@@ -118,6 +120,7 @@ class CachedLatents(Indexed):
             SafetensorError,
             ValueError,
             LookupError,
+            ArithmeticError,
             TypeError,
             RecursionError,
         ) as error:
@@ -131,14 +134,18 @@ def _pair(file: Any, row: int) -> Pair:
     height, width, place = (int(n) for n in file.get_slice("records")[row])
     ends = file.get_slice("ends")
     begin, end = (int(ends[row - 1]) if row else 0), int(ends[row])
+    if not (0 <= begin <= end and place >= 0):
+        raise ValueError("its places are none")
     key, captions = json.loads(bytes(file.get_slice("texts")[begin:end]))
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError("its captions are no texts")
     if not isinstance(key, str) or not captions:
         raise ValueError("it has no key or no caption")
     latents = file.get_slice(f"latents/{height}x{width}")[place]
-    if latents.dtype != np.float16 or latents.ndim != 3 or not np.isfinite(latents).all():
-        raise ValueError("its latents are no finite float16 [H, W, C]")
+    if latents.dtype != np.float16 or not np.isfinite(latents).all():
+        raise ValueError("its latents are no finite float16")
+    if latents.ndim != 3 or latents.shape[:2] != (height, width):
+        raise ValueError(f"its latents are not [{height}, {width}, C]")
     return Pair(key, latents, tuple(captions))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 
 from mmrdpm import hub
+from mmrdpm.data.lines import MAX_BYTES
 from mmrdpm.data.records import Broken, Indexed, Pair, Record, Sharded, Source, Text
 from mmrdpm.data.sources.files import at_home, inside
 from mmrdpm.data.sources.folder import captions_of
@@ -23,6 +24,7 @@ _USUAL = {
     "label": ("label", "cls", "class"),
 }
 _COMMIT = re.compile("[0-9a-f]{40}")
+_MEMBER = re.compile("zip://[^:]*::([^:]+(?:://[^:]+)?)")  # of an archive, and where that lies
 _AT_ONCE = 16  # rows of a stream
 _BUILDERS = {
     ".parquet": "parquet",
@@ -166,7 +168,10 @@ def _arrange(
     features = data.features or {}
     image = chosen.get("image")
     if image and isinstance(features.get(image), datasets.Image):
-        data = data.cast_column(image, datasets.Image(decode=False))
+        if isinstance(data, datasets.IterableDataset):
+            data = data.decode(False)  # some streams ignore a cast
+        else:
+            data = data.cast_column(image, datasets.Image(decode=False))
     kept = [chosen[role] for role in (needed, "image") if role in chosen]
     caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)]
     reader = _Reader(path, chosen, needed, features.get(chosen[needed]), template, caches, commit)
@@ -220,12 +225,23 @@ class _Reader:
         captions = captions_of(value)
         return Pair(key, image, captions) if captions else Broken(key, "no caption")
 
-    def _file(self, path: Any) -> Path | None:
-        """A file that a row names: of the data set itself, or of the library's cache."""
+    def _file(self, path: Any) -> Path | bytes | None:
+        """A file that a row names: of the data set itself, or of the library's cache.
+
+        It may be a member of a zip archive there, and on the hub too.
+        """
         if not isinstance(path, str):
             return None
-        found = (inside(folder, path) for folder in self.folders)
-        return next((file for file in found if file and file.is_file()), None)
+        named = _MEMBER.fullmatch(path)
+        container = named[1] if named else path
+        on_hub = container.startswith(
+            (f"hf://datasets/{self.path}@", f"hf://datasets/{self.path}/")
+        )
+        found = (inside(folder, container) for folder in self.folders)
+        file = next((file for file in found if file and file.is_file()), None)
+        if file and not named:
+            return file
+        return _fetched(path) if on_hub or file else None
 
     def _label(self, value: Any) -> str | None:
         names = self.label_names
@@ -233,6 +249,20 @@ class _Reader:
             known = isinstance(value, int) and 0 <= value < len(names)
             value = names[value] if known else None
         return None if value is None else str(value).replace("_", " ")
+
+
+def _fetched(path: str) -> bytes | None:
+    """What the library opens by a path of its own; None if there is no such file.
+
+    One over the limit is cut there, and so is no picture that can be read.
+    """
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(path, "rb") as file:
+            return file.read(MAX_BYTES)
+    except FileNotFoundError:
+        return None
 
 
 class Table(Indexed):
@@ -248,11 +278,10 @@ class Table(Indexed):
 
     def record(self, index: int) -> Record:
         try:
-            row = self.data[index]
+            return self.reader.record(index, self.data[index])
         except Exception as error:  # see open_dataset
             what, mend = f"row {index} could not be read", "get a good copy"
             raise _fault(self.reader.path, what, error, mend) from None
-        return self.reader.record(index, row)
 
     def fingerprint(self) -> str:
         return f"{self.reader.place}, {len(self)} rows"

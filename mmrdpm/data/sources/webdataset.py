@@ -29,6 +29,14 @@ _NAMES = (
 )
 
 
+_DAMAGE = (  # what reading one raises
+    *(tarfile.TarError, EOFError, ValueError, TypeError),
+    *(LookupError, ArithmeticError, RecursionError),
+)
+_GZIP, _OTHERS = b"\x1f\x8b", (b"BZh", b"\xfd7zXZ")  # how compressed archives begin
+_MOST_LISTED = 20  # members of a record
+
+
 class Shards(Sharded):
     """Local paths and globs, http(s) URLs and `pipe:` commands, with brace ranges as in {000..123}.
 
@@ -79,7 +87,7 @@ class Shards(Sharded):
         try:
             try:
                 yield from self._records(url, stream)
-            except (tarfile.TarError, EOFError, ValueError, TypeError, RecursionError) as damage:
+            except _DAMAGE as damage:
                 _drain(stream)
                 yield Broken(url, DAMAGED_SHARD, f"{damage}; its later records are left out")
         except OSError as error:
@@ -90,11 +98,15 @@ class Shards(Sharded):
 
     def _records(self, url: str, stream: Any) -> Iterator[Record]:
         name, members = "", _Members()
-        suffixes: list[str] = []  # of all members, for who has named the wrong ones
-        faults: list[Broken] = []
+        suffixes: list[str] = []  # of members, for who has named the wrong ones
+        fault: Broken | None = None
+        misnamed = False
         none_yet = True
         ending: Any = _Ending(stream)
-        with tarfile.open(fileobj=ending, mode="r|*", tarinfo=_Header) as archive:
+        mode: Any = "r|gz" if ending.head.startswith(_GZIP) else "r|"
+        if ending.head.startswith(_OTHERS):  # of which a few bytes may become gigabytes at once
+            raise tarfile.ReadError("compressed by bzip2 or xz: leave it as it is, or use gzip")
+        with tarfile.open(fileobj=ending, mode=mode, tarinfo=_Header) as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
                 if not member.isfile() or Path(member.name).name.startswith("."):
@@ -102,22 +114,25 @@ class Shards(Sharded):
                 base, _, suffix = member.name.rpartition("/")[2].partition(".")
                 base = f"{member.name.rpartition('/')[0]}/{base}".lstrip("/")
                 if base != name:
-                    if members or faults:
-                        yield faults[0] if faults else self._record(url, name, members, suffixes)
+                    if members or fault or misnamed:
+                        yield fault or self._record(url, name, members, suffixes)
                         none_yet = False
-                    name, members, suffixes, faults = base, _Members(), [], []
-                suffixes.append(suffix)
+                    name, members, suffixes, fault, misnamed = base, _Members(), [], None, False
+                if len(suffixes) < _MOST_LISTED:
+                    suffixes.append(suffix)
                 if not self._wanted(suffix):
+                    # as "Mr. Smith.jpg" is, whose name is taken to end at its first dot
+                    misnamed |= Path(suffix).suffix.lower() in IMAGE_SUFFIXES
                     continue
                 if suffix.lower() in members:
-                    faults.append(Broken(f"{url}#{base}", "a member comes twice", f".{suffix}"))
+                    fault = fault or Broken(f"{url}#{base}", "a member comes twice", f".{suffix}")
                 elif member.size > MAX_BYTES:
                     detail = f".{suffix} has {member.size} bytes"
-                    faults.append(Broken(f"{url}#{base}", "archive member too large", detail))
+                    fault = fault or Broken(f"{url}#{base}", "archive member too large", detail)
                 elif content := archive.extractfile(member):
                     members[suffix.lower()] = content.read()
-            if members or faults or (suffixes and none_yet):  # all keys may be named wrongly
-                yield faults[0] if faults else self._record(url, name, members, suffixes)
+            if members or fault or misnamed or (suffixes and none_yet):  # all keys may be wrong
+                yield fault or self._record(url, name, members, suffixes)
             _check_end(archive)
 
     def _wanted(self, suffix: str) -> bool:
@@ -176,15 +191,21 @@ def _expand(url: str) -> list[str]:
 
 
 class _Ending:
-    """A stream that ends: one that says it holds more would be skipped through for ever."""
+    """A stream that ends: one that says it holds more would be skipped through for ever.
+
+    Attributes:
+        head: its first bytes, which are read all the same.
+    """
 
     _MOST = 16  # empty reads in a row; tarfile makes a few at the end of a whole archive
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._empty = stream, 0
+        self.head = self._ahead = stream.read(max(map(len, _OTHERS)))
 
     def read(self, size: int) -> bytes:
-        content = self._stream.read(size)
+        content, self._ahead = self._ahead[:size], self._ahead[size:]
+        content += self._stream.read(size - len(content))
         self._empty = 0 if content else self._empty + 1
         if self._empty > self._MOST:
             raise EOFError("it ends within a member")
@@ -203,6 +224,8 @@ class _Header(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error) or "it ends without its end mark") from None
+        if header.type == tarfile.GNUTYPE_SPARSE:  # whose maps have no limit
+            raise tarfile.ReadError("a sparse member: pack it without tar's --sparse")
         if header.size > _LONGEST_NAME and header.type in _NAMES:
             raise tarfile.ReadError(f"a name of {header.size} bytes")
         return header
