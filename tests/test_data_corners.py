@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from mmrdpm import recipe, text_tokenizer
 from mmrdpm.cli import main
+from mmrdpm.data import documents
 from mmrdpm.data.documents import Drafter
 from mmrdpm.data.mixture import Mixture
 from mmrdpm.data.packing import Lane
 from mmrdpm.data.pictures import PictureError, open_picture, to_square
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import Broken, Pair
+from mmrdpm.data.records import Broken, Pair, Text
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import DataError, RecipeError
 from mmrdpm.rdpm import image_tokenizer
@@ -113,6 +114,17 @@ def test_no_document_without_text_follows_a_text_that_fills_its_row(over, tiny_t
     drafts = list(drafter._cut([tuple(ids)]))
     assert [i for draft in drafts for i in draft.parts[0][1:]][: len(ids)] == ids
     assert [len(draft.parts[0]) for draft in drafts] == ([64] if not over else [64, 3])
+
+
+def test_a_very_long_text_is_encoded_in_pieces_that_are_the_same(tiny_tokenizers, monkeypatch):
+    drafter, text = drafter_of(tiny_tokenizers, seq_len=64), "red heart\npizza \n\n" * 40 + "x" * 99
+    whole = [draft.parts for draft in drafter.drafts(Text("k", text), None)]
+    monkeypatch.setattr(documents, "_AT_ONCE", 30)
+    assert [draft.parts for draft in drafter.drafts(Text("k", text), None)] == whole
+    assert all(len(piece) <= 30 for piece in documents._pieces(text, 30))
+    assert "".join(documents._pieces(text, 30)) == text
+    broken = drafter.drafts(Text("k", text + "\ud800"), None)
+    assert broken.cause == "not Unicode text"
 
 
 @pytest.mark.parametrize("count", range(2, 21))

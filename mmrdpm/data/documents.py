@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +24,7 @@ from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.vocabulary import Vocabulary
 
 _LONGEST_TOKEN = 64  # characters; a caption is cut to this many per token before it is encoded
+_AT_ONCE = 2**20  # characters of a text; their encoding takes a hundred times their memory
 # of the draws by the path's way: its last steps, though short, need learning too
 _ALIKE = 0.25
 
@@ -124,7 +126,7 @@ class Drafter:
                 case Pair():
                     return [self._fitting(self._pair(record, random))]
                 case Text():
-                    return self._cut([self._text(record.text)])
+                    return self._cut(self._text(record.text))
                 case Interleaved():
                     if record.is_blank:
                         raise _Unfit("empty text")
@@ -190,10 +192,16 @@ class Drafter:
         ids = self._encode(caption[: limit * _LONGEST_TOKEN])
         return ids[:limit], len(ids) <= limit and len(caption) <= limit * _LONGEST_TOKEN
 
-    def _text(self, text: str) -> tuple[int, ...]:
+    def _text(self, text: str) -> Iterable[tuple[int, ...]]:
         if not text.strip():
             raise _Unfit("empty text")
-        return self._encode(text)
+        if len(text) <= _AT_ONCE:
+            return [self._encode(text)]
+        try:
+            text.encode()  # now, as its pieces are encoded when they are wanted
+        except UnicodeEncodeError as error:
+            raise _Unfit("not Unicode text", str(error)) from None
+        return (self._encode(piece) for piece in _pieces(text, _AT_ONCE))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         try:
@@ -211,12 +219,12 @@ class Drafter:
             _pixels(part, self.image_size), noise_seed, self._timesteps(random), clean=True
         )
 
-    def _cut(self, items: list[tuple[int, ...] | ImageDraft]) -> Iterator[Draft]:
+    def _cut(self, items: Iterable[tuple[int, ...] | ImageDraft]) -> Iterator[Draft]:
         """Documents of at most one row each, cut between tokens and never inside an image."""
         v, limit = self.vocabulary, self.plan.seq_len
         done: list[tuple[int, ...] | ImageDraft] = []
         run, used = [v.bos], 1
-        for item in [*items, (v.eos,)]:
+        for item in chain(items, [(v.eos,)]):
             if isinstance(item, ImageDraft):
                 size = 2 + item.length(self.grid)
                 if used + size > limit:
@@ -235,6 +243,17 @@ class Drafter:
                 begin, used = begin + len(taken), used + len(taken)
         if done or run != [v.bos, v.eos]:  # as where the text has filled its row
             yield _closed(done, run)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """A text in pieces of at most `size` characters, at line ends where there are any."""
+    begin = 0
+    while begin < len(text):
+        end = begin + size
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        yield text[begin:end]
+        begin = end
 
 
 class _Unfit(Exception):
