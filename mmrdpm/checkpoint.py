@@ -168,7 +168,7 @@ def record(run: Path, resolved: Any, tokenizers: Mapping[str, tuple[Path, Sequen
             _bring(source, run / place, files)
         partial = path.with_name(path.name + ".partial")
         recipe.dump(resolved, partial)
-        partial.replace(path)
+        weights.put(partial, path)
     except OSError as error:
         raise CheckpointError(
             f"{run}: its recipe could not be written: {error}: make room"

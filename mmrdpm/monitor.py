@@ -9,7 +9,6 @@ save and leave; a second one kills, but not what torchrun passes on of one that 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 import uuid
@@ -25,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.distributed import is_torchelastic_launched
 from torch.utils.tensorboard import SummaryWriter
 
-from mmrdpm import distributed
+from mmrdpm import distributed, weights
 from mmrdpm.checkpoint import LOG_FILE
 from mmrdpm.errors import CheckpointError, RecipeError
 
@@ -84,7 +83,7 @@ def _kept(path: Path, done: int) -> IO[str]:
             ) from None
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    weights.put(partial, path)
     return open(path, "a", encoding="utf-8")
 
 

@@ -38,15 +38,20 @@ def save(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(contiguous, partial, {_METADATA: json.dumps(metadata or {}, sort_keys=True)})
         os.chmod(partial, 0o666 & ~_umask())  # the library writes for its owner alone
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        put(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: could not be saved ({error}); what was saved before is untouched:"
             " make room and run the command again (training: with --resume)"
         ) from None
+
+
+def put(partial: Path, path: Path) -> None:
+    """Gives a file that is complete its name, once it is on the disk."""
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def narrowed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from mmrdpm.data.mixture import Mixture
 from mmrdpm.data.packing import Lane
 from mmrdpm.data.pictures import PictureError, open_picture, to_square
 from mmrdpm.data.plan import DataPlan
-from mmrdpm.data.records import Broken, Pair, Text
+from mmrdpm.data.records import Broken, Pair, Text, first_epoch
 from mmrdpm.data.sources import SourceConfig, open_source
 from mmrdpm.errors import DataError, RecipeError
 from mmrdpm.rdpm import image_tokenizer
@@ -230,6 +230,34 @@ def test_an_archive_of_pictures_is_read_as_the_library_names_its_members(tmp_pat
     assert reader._file(f"zip://0.png::{tmp_path / 'train.zip'}") is None
     assert reader._file("zip://0.png::https://127.0.0.1:1/train.zip") is None
     assert reader._file("hf://datasets/who/else@main/0.png") is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "huggingface"])
+def test_where_pictures_alone_are_wanted_no_captions_need_be_there(kind, tmp_path, capsys):
+    path = {"folder": "d", "webdataset": "d/0.tar", "huggingface": "d/0.parquet"}[kind]
+    (tmp_path / "d").mkdir()
+    if kind == "folder":
+        (tmp_path / "d/metadata.jsonl").write_text("no JSON")
+        for i in range(2):
+            (tmp_path / f"d/{i}.png").write_bytes(png(i))
+    elif kind == "webdataset":
+        pytest.importorskip("webdataset", reason="the extra `data` is not installed")
+        members = (("0.png", png()), ("0.json", b"{"), ("1.png", png(1)))
+        (tmp_path / path).write_bytes(tar(*members))
+    else:
+        library = pytest.importorskip("datasets")
+        library.disable_progress_bars()
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(2)]}
+        features = library.Features({"image": library.Image()})
+        library.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / path))
+    config = SourceConfig(kind, path=str(tmp_path / path))
+    found = [r for _, r in first_epoch(open_source("it", config, captions=False), "0", 9)]
+    assert [r.captions for r in found] == [(), ()]
+    mapping = {"kind": "image", "data": {"sources": {"p": {"type": kind, "path": config.path}}}}
+    (tmp_path / "r.yaml").write_text(json.dumps(mapping))
+    capsys.readouterr()
+    assert main(["data", "inspect", str(tmp_path / "r.yaml")]) == 0
+    assert "pictures: 2, " in (said := capsys.readouterr().out) and "problems: none" in said
 
 
 def test_lanes_that_cannot_share_an_epoch_evenly_stay_together():

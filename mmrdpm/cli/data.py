@@ -16,7 +16,6 @@ from mmrdpm import distributed, machine, recipe, shipped
 from mmrdpm.cli.common import Commands, command, count, group, recipe_file, recipe_options
 from mmrdpm.data.cache import CacheWriter
 from mmrdpm.data.faults import ReadOnce
-from mmrdpm.data.images import without_captions
 from mmrdpm.data.inspect import guess, inspect
 from mmrdpm.data.records import Indexed, Source
 from mmrdpm.data.sources import SourceConfig, open_source
@@ -44,11 +43,11 @@ def add(commands: Commands) -> None:
 
 def data_inspect(options: argparse.Namespace) -> None:
     """Shows the first records of data: sizes, captions and problems."""
-    configs = _configs(options.source, options.overrides)
+    configs, captions = _configs(options.source, options.overrides)
     if options.out:
         _check_names(configs)
     for name, config in configs.items():
-        source = open_source(name, config)
+        source = open_source(name, config, captions)
         size = f", {len(source)} records" if isinstance(source, Indexed) else ""
         print(f"{name}: {config.type}{size}")
         findings = inspect(source, options.n)
@@ -63,16 +62,16 @@ def data_inspect(options: argparse.Namespace) -> None:
             raise findings.stopped
 
 
-def _configs(source: str, overrides: list[str]) -> dict[str, SourceConfig]:
-    """The sources of a recipe, as its training opens them; or the one that a path means."""
+def _configs(source: str, overrides: list[str]) -> tuple[dict[str, SourceConfig], bool]:
+    """The sources of a recipe, or the one that a path means, and whether captions are wanted."""
     emoji = SourceConfig("emoji")
     if Path(source).suffix in (".yaml", ".yml") or _is_recipe(source):
         path = recipe_file(source, ("model", "image"))
         if recipe.read(path)["kind"] == "image":
             pictures = recipe.load(ImageTokenizerRecipe, path, overrides).data.sources
-            return {n: without_captions(c) for n, c in pictures.items()} or {"emoji": emoji}
+            return pictures or {"emoji": emoji}, False
         sources = recipe.load(ModelRecipe, path, overrides).data.sources
-        return sources or {"emoji": emoji, "glosses": SourceConfig("glosses")}
+        return sources or {"emoji": emoji, "glosses": SourceConfig("glosses")}, True
     mapping = recipe.to_dict(guess(source))
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -82,7 +81,7 @@ def _configs(source: str, overrides: list[str]) -> dict[str, SourceConfig]:
                 " stars in quotes, or the shell makes many words of them)"
             )
         mapping[key] = {"true": True, "false": False}.get(value, value)
-    return {"source": recipe.from_dict(SourceConfig, mapping, source)}
+    return {"source": recipe.from_dict(SourceConfig, mapping, source)}, True
 
 
 def _is_recipe(name: str) -> bool:

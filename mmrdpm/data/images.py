@@ -8,7 +8,7 @@ means the same to any number of ranks and worker processes. Image i of a batch i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -178,8 +178,7 @@ class StreamedImages:
         self, plan: ImagePlan, seed: int, size: int, batch_size: int, skipped_log: Path | None
     ) -> None:
         self.batch_size = batch_size
-        configs = {name: without_captions(config) for name, config in plan.sources.items()}
-        sources = {name: open_source(name, config) for name, config in configs.items()}
+        sources = {n: open_source(n, c, captions=False) for n, c in plan.sources.items()}
         weights = {name: config.weight for name, config in plan.sources.items()}
         self.stream = Mixture(sources, weights, seed, Cropper(plan, size))
         rank, ranks = distributed.rank(), distributed.world_size()
@@ -285,13 +284,6 @@ def load_squares(folder: Path, size: int, count: int) -> np.ndarray:
     paths = find(str(folder), IMAGE_SUFFIXES)
     chosen = sorted(np.random.default_rng(0).permutation(len(paths))[:count])
     return np.stack([_centre(open_picture(paths[i]), size) for i in chosen])
-
-
-def without_captions(config: SourceConfig) -> SourceConfig:
-    """A source of pictures whose captions nobody looks at: a folder needs none then."""
-    if config.type == "folder" and not config.template:
-        return replace(config, template="{label}", caption="")
-    return config
 
 
 def _centre(picture: Image.Image, size: int) -> np.ndarray:

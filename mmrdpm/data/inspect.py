@@ -95,7 +95,7 @@ def _look(record: Record, findings: Findings) -> None:
             case Pair():
                 what = _picture(record.image, findings)
                 texts = [_text(caption, "caption", findings) for caption in record.captions]
-                findings.lines.append(f"{record.key}  {what}  {' | '.join(texts)}")
+                findings.lines.append(f"{record.key}  {what}  {' | '.join(texts)}".rstrip())
             case Text():
                 findings.lines.append(f"{record.key}  {_text(record.text, 'text', findings)}")
             case Interleaved() if record.is_blank:

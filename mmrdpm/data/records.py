@@ -32,7 +32,10 @@ Place = list[int]
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and what it may be called; one of the captions is drawn each time."""
+    """An image and what it may be called; one of the captions is drawn each time.
+
+    There are none where the picture alone was asked for.
+    """
 
     key: str
     image: Picture

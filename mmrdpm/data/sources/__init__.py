@@ -68,8 +68,12 @@ _KEYS: dict[str, str] = {
 }
 
 
-def open_source(name: str, config: SourceConfig) -> Source:
+def open_source(name: str, config: SourceConfig, captions: bool = True) -> Source:
     """Opens a source; nothing but its list of records is read yet.
+
+    Args:
+        captions: whether those of pictures are wanted; else they need not be there, and pairs have
+            none.
 
     Raises:
         RecipeError: a key has no meaning for the type, or the path is missing.
@@ -97,10 +101,10 @@ def open_source(name: str, config: SourceConfig) -> Source:
             f"data.sources.{name}.template is {config.template!r}: it may hold {{label}} and no"
             " other braces; write {{ and }} for real ones"
         ) from None
-    return _open(config)
+    return _open(config, captions)
 
 
-def _open(config: SourceConfig) -> Source:
+def _open(config: SourceConfig, captions: bool) -> Source:
     c = config
     match c.type:
         case "emoji":
@@ -108,14 +112,15 @@ def _open(config: SourceConfig) -> Source:
         case "glosses":
             return Glosses()
         case "folder":
-            return ImageFolder(c.path, c.caption, c.template)
+            return ImageFolder(c.path, c.caption, c.template, captions)
         case "text":
             return TextFiles(c.path, c.text)
         case "interleaved":
             return InterleavedFiles(c.path)
         case "webdataset":
-            return Shards(c.path, c.image, c.caption, c.label, c.template)
+            return Shards(c.path, c.image, c.caption, c.label, c.template, captions)
         case "cache":
             return CachedLatents(c.path)
     columns = {"image": c.image, "caption": c.caption, "text": c.text, "label": c.label}
-    return open_dataset(c.path, c.subset, c.split, c.streaming, columns, c.template, c.revision)
+    which = (c.path, c.subset, c.split, c.streaming, columns, c.template, c.revision)
+    return open_dataset(*which, captions)

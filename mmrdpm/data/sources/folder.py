@@ -23,17 +23,23 @@ class ImageFolder(Indexed):
     Without it, each image is a record and its caption is in a `.txt` file of the same name; or,
     where a template is given, is made of the name of the sub-folder.
 
+    Args:
+        captions: whether they are wanted; else each image is a record, and nothing else is read.
+
     Raises:
         DataError: no such folder, or no images in it.
     """
 
-    def __init__(self, path: str, caption: str = "", template: str = "") -> None:
-        self.folder, self.template = at_home(path), template
+    def __init__(
+        self, path: str, caption: str = "", template: str = "", captions: bool = True
+    ) -> None:
+        self.folder, self.template, self.captions = at_home(path), template, captions
         self.caption_keys = (caption,) if caption else _CAPTION_KEYS
         if not self.folder.is_dir():
             raise DataError(f"{path}: no such folder of images: correct the path")
         metadata = self.folder / METADATA
-        self.lines = LineFiles([metadata]) if metadata.is_file() and not template else None
+        described = captions and not template and metadata.is_file()
+        self.lines = LineFiles([metadata]) if described else None
         self.images = [] if self.lines else find(path, IMAGE_SUFFIXES)
 
     def __len__(self) -> int:
@@ -44,6 +50,8 @@ class ImageFolder(Indexed):
             return self._described(self.lines.key(index), self.lines.mapping(index))
         path = self.images[index]
         key = path.relative_to(self.folder).as_posix()
+        if not self.captions:
+            return Pair(key, path, ())
         if self.template:
             label = path.parent.name.replace("_", " ")
             return Pair(key, path, (self.template.format(label=label),))

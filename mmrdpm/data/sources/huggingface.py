@@ -43,6 +43,7 @@ def open_dataset(
     columns: Mapping[str, str] | None = None,
     template: str = "",
     revision: str = "",
+    captions: bool = True,
 ) -> Source:
     """A data set as a source: of image-text pairs if it has an image column, else of texts.
 
@@ -52,6 +53,7 @@ def open_dataset(
         columns: names of the columns for image, caption, text and label; "" for the usual ones.
         template: makes captions of class labels.
         revision: commit, tag or branch of a data set on the hub, "" for its newest.
+        captions: whether those of pairs are wanted; else a record is its image alone.
 
     Raises:
         DataError: `datasets` is not installed, the data cannot be reached or read, or a column is
@@ -86,7 +88,8 @@ def open_dataset(
             " copy"
         )
         raise _fault(path, "the data set could not be opened", error, mend) from None
-    return _arrange(datasets, data, names, path, dict(columns or {}), template, commit)
+    wanted = ("label" if template else "caption") if captions else "image"
+    return _arrange(datasets, data, names, path, dict(columns or {}), wanted, template, commit)
 
 
 def _fault(path: str, what: str, error: Exception, mend: str) -> DataError:
@@ -148,9 +151,11 @@ def _arrange(
     names: list[str],
     path: str,
     columns: dict[str, str],
+    wanted: str,
     template: str,
     commit: str,
 ) -> Source:
+    """The source; of what has images, `wanted` is the role that each row must have too."""
     chosen: dict[str, str] = {}
     for role, usual in _USUAL.items():
         asked = columns.get(role) or ""
@@ -159,7 +164,7 @@ def _arrange(
         found = asked or next((name for name in usual if name in names), "")
         if found:
             chosen[role] = found
-    needed = "text" if "image" not in chosen else "label" if template else "caption"
+    needed = wanted if "image" in chosen else "text"
     if needed not in chosen:
         raise DataError(
             f"{path}: no column for the {needed} among {', '.join(names) or 'none'}: name it with"
@@ -172,7 +177,7 @@ def _arrange(
             data = data.decode(False)  # some streams ignore a cast
         else:
             data = data.cast_column(image, datasets.Image(decode=False))
-    kept = [chosen[role] for role in (needed, "image") if role in chosen]
+    kept = list(dict.fromkeys(chosen[role] for role in (needed, "image") if role in chosen))
     caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)]
     reader = _Reader(path, chosen, needed, features.get(chosen[needed]), template, caches, commit)
     data = data.select_columns(kept)
@@ -217,6 +222,8 @@ class _Reader:
             image = image.get("bytes") or self._file(image.get("path"))
         if not isinstance(image, (bytes, Path)):
             return Broken(key, "no image", f"column {self.columns['image']} holds no image")
+        if self.needed == "image":
+            return Pair(key, image, ())
         if self.needed == "label":
             label = self._label(value)
             if label is None:

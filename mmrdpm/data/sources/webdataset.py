@@ -46,13 +46,20 @@ class Shards(Sharded):
         caption: suffix of the caption members, `txt` by default; `json.NAME` for a key of the
             JSON members.
         label, template: suffix of members with a class label, and what makes a caption of it.
+        captions: whether they are wanted; else a record is its image alone.
 
     Raises:
         DataError: the package `webdataset` is missing, or a local path matches nothing.
     """
 
     def __init__(
-        self, urls: str, image: str = "", caption: str = "", label: str = "", template: str = ""
+        self,
+        urls: str,
+        image: str = "",
+        caption: str = "",
+        label: str = "",
+        template: str = "",
+        captions: bool = True,
     ) -> None:
         try:
             from webdataset.gopen import gopen
@@ -61,7 +68,7 @@ class Shards(Sharded):
             raise DataError(
                 "webdataset shards need the extra: pip install 'mmrdpm[data]'"
             ) from None
-        self._gopen = gopen
+        self._gopen, self.captions = gopen, captions
         self.image, self.label, self.template = image.lower(), label.lower() or "cls", template
         self.caption = caption if caption.startswith("json.") else caption.lower() or "txt"
         try:
@@ -148,6 +155,8 @@ class Shards(Sharded):
         image = next((data for suffix, data in members.items() if self._is_image(suffix)), None)
         if image is None:
             return Broken(key, "no image", f"{listed}: set image: to one of them")
+        if not self.captions:
+            return Pair(key, image, ())
         try:
             captions = self._captions(members)
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
