@@ -97,22 +97,27 @@ def build(
     Raises:
         RecipeError: the codebook does not suit what the model is to know of it.
     """
-    if config.preconditioning and images.codebook.per_step:
-        raise RecipeError(
-            "model.preconditioning: the image tokeniser has a codebook for each timestep, and"
-            " scores begin from the vectors of one for all: set it to false"
-        )
-    if soft_labels and images.codebook.per_step:
-        raise RecipeError(
-            "train.soft_labels: the image tokeniser has a codebook for each timestep, and labels"
-            " are softened in one for all: set it to 0"
-        )
+    check_codebook(config, soft_labels, images.codebook.per_step)
     images.noise_pool = config.noise_pool
     channels, num_timesteps = images.latent_channels, images.num_timesteps
     transformer = Transformer(config, vocabulary.size, channels, num_timesteps)
     transformer.know_codes(images.codebook.codes, images.estimates(config.sees_start_noise))
     transformer.lengthening = lengthening(images.codebook.codes[0], soft_labels)
     return transformer
+
+
+def check_codebook(config: TransformerConfig, soft_labels: float, per_step: bool) -> None:
+    """Raises RecipeError where a codebook for each timestep does not suit what is to be known."""
+    if config.preconditioning and per_step:
+        raise RecipeError(
+            "model.preconditioning: the image tokeniser has a codebook for each timestep, and"
+            " scores begin from the vectors of one for all: set it to false"
+        )
+    if soft_labels and per_step:
+        raise RecipeError(
+            "train.soft_labels: the image tokeniser has a codebook for each timestep, and labels"
+            " are softened in one for all: set it to 0"
+        )
 
 
 def identity(images: ImageTokenizer, texts: TextTokenizer) -> dict[str, Any]:

@@ -43,7 +43,7 @@ _OTHERS = {  # kind of a recipe -> what looks at it in the doctor's place
     "sweep": "name its model_recipe or its tokenizer_recipe",
     "peers": "mmrdpm bench peers tells what it lacks",
 }
-_CHECKPOINT = 4  # times the weights: weights, moments, and what is written before the old one goes
+_CHECKPOINT = 4  # times the weights, at the most: weights, raw ones beside an average, two moments
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ def _model(path: Path, overrides: list[str], gpus: int | None, run: Path) -> Ite
     gpus = gpus or next(n for n in range(here, 0, -1) if rows % n == 0)
     plan = make_plan(loaded, gpus, _kind())
     yield from _needs(plan)
-    yield _disk(loaded.checkpoint, _CHECKPOINT * plan.parameters, run)
+    # shards hold the average of the weights too
+    times = _CHECKPOINT + (plan.sharded and loaded.train.ema > 0)
+    yield _disk(loaded.checkpoint, loaded.train.steps, times * plan.parameters, run)
     yield from _data(loaded, min(loaded.train.micro_batch_size or rows, rows // gpus))
 
 
@@ -163,7 +165,7 @@ def _image_tokenizer(path: Path, overrides: list[str], run: Path) -> Iterator[Li
         yield from _broken(data.rows, loaded.data.max_broken_share)
     held = sum(tensor.numel() for tensor in trainer.tokenizer.state_dict().values())
     frozen = isinstance(config.autoencoder, PublishedConfig)
-    yield _disk(loaded.checkpoint, held if frozen else _CHECKPOINT * held, run)
+    yield _disk(loaded.checkpoint, plan.steps, held if frozen else _CHECKPOINT * held, run)
 
 
 def _data(loaded: ModelRecipe, rows: int) -> Iterator[Line]:
@@ -201,9 +203,11 @@ def _needs(plan: Plan) -> Iterator[Line]:
     yield Line("needs", text, trouble=not plan.fits)
 
 
-def _disk(policy: CheckpointPolicy, numbers: int, run: Path) -> Line:
-    """Whether there is room for checkpoints of so many float32 numbers each."""
-    kept, (free, place) = (policy.keep + 1) * 4 * numbers, _free(run)
+def _disk(policy: CheckpointPolicy, steps: int, numbers: int, run: Path) -> Line:
+    """Whether there is room for a run's checkpoints of so many float32 numbers each."""
+    every = policy.keep_every
+    count = policy.keep + 1 + ((steps - 1) // every if every else 0)  # a new one before one goes
+    kept, (free, place) = count * 4 * numbers, _free(run)
     text = f"{kept / 1e9:.2f} GB for checkpoints, {free / 1e9:.0f} GB are free at {place}"
     return Line("needs", text, trouble=kept > free)
 

@@ -108,7 +108,7 @@ def make_plan(loaded: ModelRecipe, gpus: int, kind: Kind) -> Plan:
     micro = min(loaded.train.micro_batch_size or rows // gpus, rows // gpus)
     update, optimizer = Tally(), Tally()
     passes = rows // gpus / micro
-    added = sharded or passes > 1  # a gradient is added to what is there, and gone
+    added = gpus > 1 or passes > 1  # a gradient is added to what is there (DDP's buckets), and gone
     logits = one_pass(
         loaded,
         images,

@@ -138,10 +138,9 @@ def begin(transformer: Transformer, name: str, vocabulary: Vocabulary, texts: Te
         )
     origin.check(vocabulary)
     anew = []
-    # a run that saw x_t alone has as many channels there as one that sees its guess of z_0
-    sees_else = isinstance(origin, Run) and (
-        origin.config.preconditioning != transformer.config.preconditioning
-    )
+    # shapes alone do not tell: x_t alone has as many channels as a guess of z_0, or as x_t and x_T
+    # of a latent with half of them
+    sees_else = isinstance(origin, Run) and _seen(origin.config) != _seen(transformer.config)
     for own, parameter in transformer.named_parameters():
         whole = origin.tensor(own, parameter.shape, vocabulary)
         if whole is None or (sees_else and own == "from_latents.weight"):
@@ -150,6 +149,13 @@ def begin(transformer: Transformer, name: str, vocabulary: Vocabulary, texts: Te
             weights.check_finite({own: whole}, origin.folder)
             parameter.copy_(shard_like(whole, parameter))
     return f"weights of {name}" + (f", drawn anew: {', '.join(anew)}" if anew else "")
+
+
+def _seen(config: TransformerConfig) -> str:
+    """What image positions see."""
+    if config.preconditioning:
+        return "a guess of z_0"
+    return "x_t and x_T" if config.sees_start_noise else "x_t"
 
 
 def _open(folder: Path) -> Origin:

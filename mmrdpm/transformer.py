@@ -100,6 +100,11 @@ class TransformerConfig:
                 f"model: a head has {self.head_dim} channels, but RoPE turns them in pairs: change"
                 " width or heads"
             )
+        if self.head_dim < 8 and not self.init_from:  # of a language model it is as it is
+            raise RecipeError(
+                f"model: a head has {self.head_dim} channels, but RoPE needs 8 to tell slots, rows"
+                " and columns apart: raise width or lower heads"
+            )
         if self.places and not self.norm_inputs:
             raise RecipeError(
                 "model.places adds sinusoids of the size that normalised inputs have: it needs"

@@ -10,10 +10,12 @@ codes of an image tokeniser (emoji-rdpm-32, noise from seeds 0 on) against thems
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
 
 from mmrdpm import shipped
+from mmrdpm.cli.common import status_of
 from mmrdpm.data.emoji import load_emoji
 from mmrdpm.data.pictures import to_pictures
 from mmrdpm.evaluation import drawn
@@ -40,4 +42,4 @@ if __name__ == "__main__":
     parser.add_argument("tokenizer", nargs="?", default="emoji-rdpm-32")
     parser.add_argument("counts", nargs="*", type=int, default=[200, 12])
     given = parser.parse_args()
-    main(given.tokenizer, given.counts)
+    sys.exit(status_of(lambda: main(given.tokenizer, given.counts)))

@@ -13,6 +13,7 @@ from itertools import count
 import numpy as np
 
 from mmrdpm import recipe, shipped, text_tokenizer
+from mmrdpm.cli.common import status_of
 from mmrdpm.data.documents import Draft
 from mmrdpm.data.loader import Loader
 from mmrdpm.data.mixture import Item
@@ -67,7 +68,12 @@ def table() -> None:
             print(f"{mix:18} {row:5}", *(f"{share:6.1%}" for share in shares))
 
 
-if len(sys.argv) > 1:
-    print(f"{of_recipe(sys.argv[1], sys.argv[2:]):.1%}")
-else:
-    table()
+def main(arguments: list[str]) -> None:
+    if arguments:
+        print(f"{of_recipe(arguments[0], arguments[1:]):.1%}")
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    sys.exit(status_of(lambda: main(sys.argv[1:])))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrdpm.bench.peers import report
+from mmrdpm.cli.common import status_of
 
 
 def main(over: str, out: Path, files: Sequence[Path]) -> None:
@@ -63,4 +64,4 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, metavar="FILE.svg")
     parser.add_argument("files", type=Path, nargs="+", metavar="RESULTS.json")
     options = parser.parse_args()
-    main(options.over, options.out, options.files)
+    sys.exit(status_of(lambda: main(options.over, options.out, options.files)))

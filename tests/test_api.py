@@ -141,6 +141,7 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
         (lambda m: m.generate(["a"], n=1.5), "n is 1.5"),
         (lambda m: m.complete("a", max_tokens=1.5), "whole number"),
         (lambda m: m.complete("a", temperature="x"), "temperature x must be a number"),
+        (lambda m: m.complete("a", temperature=10**400), "must be a number from 0 to 1e"),
         (lambda m: m.complete(5), "5 is no text"),
         (lambda m: m.complete(""), "is empty"),
         (lambda m: m.complete("word " * 200), "make it shorter"),

@@ -1,18 +1,21 @@
 import dataclasses
 import json
+import weakref
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-from mmrdpm import api
+from mmrdpm import api, recipe
 from mmrdpm.attention import backend
 from mmrdpm.attention.layout import BlockKind
-from mmrdpm.bench import attention, measure, plot, sample
+from mmrdpm.bench import attention, measure, plot, sample, train
 from mmrdpm.bench.attention import layout_of
 from mmrdpm.bench.sample import Size
 from mmrdpm.cli import main
+from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.sampling.image import Guided
+from mmrdpm.train_model import Trainer
 
 
 def test_the_exponent_of_a_power_law_is_found():
@@ -102,8 +105,14 @@ def test_a_bench_of_sampling_gives_figures_that_hang_together(
 
 
 def test_a_bench_of_training_reports_share_memory_and_optimiser(tiny_recipe, tmp_path, capsys):
+    """Some records of its data being broken."""
     path = tmp_path / "figures.json"
-    assert main(["bench", "train", str(tiny_recipe), "--rounds", "2", "--json", str(path)]) == 0
+    lines = [{"text": f"line {i}"} if i % 3 else {} for i in range(30)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = f"data.sources={{t: {{type: text, path: {tmp_path / 't.jsonl'}}}}}"
+    more = [data, "data.max_caption_tokens=16", "data.max_broken_share=0.9"]
+    command = ["bench", "train", str(tiny_recipe), *more, "--rounds", "2"]
+    assert main([*command, "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
     assert 0 < figures["optimizer_share"] < 1
     assert figures["peak_bytes"] > 2**20
@@ -113,6 +122,26 @@ def test_a_bench_of_training_reports_share_memory_and_optimiser(tiny_recipe, tmp
     assert points[1]["bytes"] > points[0]["bytes"]
     said = capsys.readouterr().out
     assert "peak memory" in said and "rows of a batch (1, 2): time ~ size^" in said
+
+
+def test_where_growth_has_no_room_the_rest_is_told(tiny_recipe, monkeypatch):
+    made = []
+
+    class Watched(Trainer):
+        def __init__(self, *arguments):
+            made.append(weakref.ref(self))
+            super().__init__(*arguments)
+
+    def full(*_):
+        assert [one() for one in made] == [None]  # what has been measured leaves room
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train, "Trainer", Watched)
+    monkeypatch.setattr(train, "_growth", full)
+    figures = train.bench_train(recipe.load(ModelRecipe, tiny_recipe), 1)
+    said = train.lines(figures)
+    assert figures["share"] > 0 and said[-1].endswith("not measured: the GPU's memory was full")
+    assert "<svg" in train.plot(figures)
 
 
 @pytest.mark.parametrize(

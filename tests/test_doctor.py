@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mmrdpm import doctor, machine
+from mmrdpm.checkpoint import CheckpointPolicy
 from mmrdpm.cli import main
 
 Usage = namedtuple("Usage", "total used free")
@@ -82,6 +84,13 @@ def test_the_disk_is_that_of_the_run(told, tmp_path, monkeypatch):
     assert set(looked_at) == {tmp_path}
     assert f"  disk         0 GB free at {tmp_path}\n" in said
     assert re.search(rf"! needs +0\.00 GB for checkpoints, 0 GB are free at {tmp_path}\n", said)
+
+
+def test_checkpoints_that_are_kept_for_good_take_room_too(tmp_path):
+    """Of 120 updates those after 30, 60 and 90, beside the last one and a new one."""
+    policy = CheckpointPolicy(keep=1, keep_every=30)
+    assert doctor._disk(policy, 120, 10**6, tmp_path).text.startswith("0.02 GB")
+    assert doctor._disk(replace(policy, keep_every=0), 120, 10**6, tmp_path).text.startswith("0.01")
 
 
 def test_a_number_of_gpus_is_for_models(image_recipe_file, capsys):

@@ -390,6 +390,7 @@ def test_plan_fits_a_bare_recipe(qwen, capsys, recipe_from):
     assert f"{parameters:,}" in capsys.readouterr().out
 
 
-def test_a_head_of_odd_width_is_refused():
-    with pytest.raises(RecipeError, match="a head has 15 channels"):
-        TransformerConfig(width=64, heads=4, kv_heads=4, attention_width=60)
+@pytest.mark.parametrize(("channels", "says"), [(15, "in pairs"), (6, "8 to tell slots, rows")])
+def test_a_head_that_rope_cannot_turn_is_refused(channels, says):
+    with pytest.raises(RecipeError, match=f"a head has {channels} channels, but .* {says}"):
+        TransformerConfig(width=64, heads=4, kv_heads=4, attention_width=4 * channels)

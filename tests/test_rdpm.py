@@ -255,6 +255,7 @@ def test_a_growing_codebook_uses_the_codes_that_a_step_has():
         ((0, 4, 8), True, "from 1 to codebook_size, 8"),
         ((4, 8, 9), True, "from 1 to codebook_size, 8"),
         ((2, 4, 8), False, "set per_step_codebook to true"),
+        ((4, 4, 4), False, "the largest must be codebook_size, 8"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes, per_step, says):

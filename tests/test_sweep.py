@@ -341,6 +341,12 @@ def test_orders_see_every_number_of_codes_alike():
     assert not nothing.any()
 
 
+PER_STEP = {
+    "tokenizer": ["tokenizer.per_step_codebook=true"],
+    "model": ["model.preconditioning=true", "model.code_geometry=true"],
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -350,6 +356,7 @@ def test_orders_see_every_number_of_codes_alike():
         ({"variants": [{"name": "a", "model": ["model.histroy=true"]}]}, "variant a.*history"),
         ({"variants": [{"name": "a", "sampling": ["guidance=1"]}]}, "variant a.*guidance"),
         ({"variants": [{"name": "a", "tokenizer": ["tokenizer.eta=2"]}]}, "at most 1.0"),
+        ({"variants": [{"name": "a", **PER_STEP}]}, "variant a: model.preconditioning: the image"),
         ({"tokenizer_recipe": None, "variants": [{"name": "a", "tokenizer": ["x=1"]}]}, "set tok"),
         ({"tflop": 3}, "did you mean tflops"),
         ({"tflops": 0}, "tflops is 0"),

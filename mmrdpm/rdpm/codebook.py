@@ -88,6 +88,10 @@ def _check_sizes(sizes: Sequence[int], num_timesteps: int, size: int, per_step: 
             f"codebook_sizes {list(sizes)}: give one size for each of the {num_timesteps}"
             f" timesteps, each from 1 to codebook_size, {size}"
         )
+    if max(sizes) < size:  # or codes that no step has would be scored, and labels softened by them
+        raise RecipeError(
+            f"codebook_sizes {list(sizes)}: the largest must be codebook_size, {size}: lower that"
+        )
     if len(set(sizes)) > 1 and not per_step:
         raise RecipeError(
             "codebook_sizes that differ need tables of their own: set per_step_codebook to true"

@@ -58,7 +58,8 @@ def estimates(trajectory: Trajectory, codebook: Codebook, sees_start_noise: bool
         stays = 1 + k * b
         of_latent, of_start = stays * of_latent + k * a, stays * of_start + k * c
         error = stays**2 * error + k**2 * fresh + k * (1 - k) * gain**2
-    table[0, 0, 0] = _weight(of_latent, error + of_start**2)  # a clean block does not show x_T
+    unseen = of_start**2 if starts_noisy else 0.0  # a clean block does not show x_T
+    table[0, 0, 0] = _weight(of_latent, error + unseen)
     return table
 
 

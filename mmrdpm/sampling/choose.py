@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mmrdpm.errors import UsageError
+
+_HOTTEST = 1e6  # where all ids are as good as equally likely
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Choice:
 
     def __post_init__(self) -> None:
         numbers = all(isinstance(x, (int, float)) for x in (self.temperature, self.top_p))
-        if not numbers or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+        if not numbers or not 0 <= self.temperature <= _HOTTEST or not 0 < self.top_p <= 1:
             raise UsageError(
-                f"temperature {self.temperature} must be a number, 0 or more, top-p {self.top_p}"
-                " above 0 and at most 1"
+                f"temperature {self.temperature!s:.20} must be a number from 0 to {_HOTTEST:g},"
+                f" top-p {self.top_p} above 0 and at most 1"
             )
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise UsageError(f"top-k {self.top_k} must be a whole number, 0 or more")

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from mmrdpm import hub, recipe, shipped, text_tokenizer
+from mmrdpm import api, hub, recipe, shipped, text_tokenizer
 from mmrdpm.errors import MmrdpmError, RecipeError
 from mmrdpm.metrics.distance import LEAST_OF_KERNEL
 from mmrdpm.model_recipe import ModelRecipe
@@ -169,7 +169,9 @@ def _check_model(sweep: Sweep, variant: Variant, load_texts: Texts) -> None:
             raise RecipeError(f"{section}.{key} is set by the sweep: use its key {instead}")
     if model.tokenizers.text:  # else it is that of model.init_from
         load_texts(model.tokenizers.text)
-    timesteps = _image_config(sweep, variant, model.tokenizers.image).num_timesteps
+    images = _image_config(sweep, variant, model.tokenizers.image)
+    api.check_codebook(model.model, model.train.soft_labels, images.per_step_codebook)
+    timesteps = images.num_timesteps
     if model.data.steps_per_image > timesteps:  # as the drafts of documents want it
         raise RecipeError(
             f"data.steps_per_image is {model.data.steps_per_image}, its image tokeniser has only"

@@ -114,7 +114,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             f"{result['concepts']} training concepts, features of EfficientNet-Lite0, 95% intervals"
             " over the pictures, of the guidance scales and temperatures T the best by top 10; KID"
             " is lowered by the pairs of one name (docs/evaluation.md); MiB beyond the weights"
-            f" while training and judging; trained on {result['machine']}."
+            f" while training and judging; trained on {_machines(ways)}."
         )
         if result["timed_on"]:
             batches = ", ".join(str(batch) for batch, _ in _speeds(result, steps))
@@ -124,6 +124,17 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             )
         lines += ["", note]
     return "\n".join(lines) + "\n"
+
+
+def _machines(ways: Sequence[Way]) -> str:
+    """What the results were trained on; where that differs, with the peers of each."""
+    peers: dict[str, list[str]] = {}
+    for _, result, _ in ways:
+        if result["peer"] not in (own := peers.setdefault(result["machine"], [])):
+            own.append(result["peer"])
+    if len(peers) == 1:
+        return next(iter(peers))
+    return "; ".join(f"{machine} ({', '.join(own)})" for machine, own in peers.items())
 
 
 def best(point: dict[str, Any], steps: int) -> dict[str, Any]:
