@@ -43,7 +43,7 @@ _OTHERS = {  # kind of a recipe -> what looks at it in the doctor's place
     "sweep": "name its model_recipe or its tokenizer_recipe",
     "peers": "mmrdpm bench peers tells what it lacks",
 }
-_CHECKPOINT = 4  # times the weights, at the most: weights, raw ones beside an average, two moments
+_CHECKPOINT = 4  # times the weights: their average, themselves, two moments
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _model(path: Path, overrides: list[str], gpus: int | None, run: Path) -> Ite
     gpus = gpus or next(n for n in range(here, 0, -1) if rows % n == 0)
     plan = make_plan(loaded, gpus, _kind())
     yield from _needs(plan)
-    # shards hold the average of the weights too
+    # shards hold the average once more
     times = _CHECKPOINT + (plan.sharded and loaded.train.ema > 0)
     yield _disk(loaded.checkpoint, loaded.train.steps, times * plan.parameters, run)
     yield from _data(loaded, min(loaded.train.micro_batch_size or rows, rows // gpus))

@@ -330,9 +330,10 @@ class Trainer:
         self.finish_writing()
         guard, latest = self.guard, checkpoint.agreed(run)
         if latest is None or guard.rollbacks >= guard.config.rollbacks:
+            way = "go on with --resume and" if latest else "begin anew with"
             raise TrainingError(
                 f"{run}: step {self.step}: {guard.report()}, after {guard.rollbacks} returns to a"
-                " checkpoint: go on with --resume and a lower train.lr, or look at the data"
+                f" checkpoint: {way} a lower train.lr, or look at the data"
             )
         place, counts = self._place(), guard.state()
         self.restore(latest)

@@ -72,6 +72,18 @@ def test_a_sparse_member_is_a_damaged_shard(tmp_path):
     assert broken.cause == "damaged shard" and "sparse" in broken.detail
 
 
+def test_a_sparse_member_of_the_pax_format_is_one_too(tmp_path):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        header = tarfile.TarInfo("0.png")
+        header.size = len(png())
+        sparse = {"major": "1", "minor": "0", "name": "0.png", "realsize": "9"}
+        header.pax_headers = {f"GNU.sparse.{key}": value for key, value in sparse.items()}
+        archive.addfile(header, io.BytesIO(png()))
+    (broken,) = records_of(tmp_path / "a.tar", stream.getvalue())
+    assert broken.cause == "damaged shard" and "sparse" in broken.detail
+
+
 def test_a_picture_whose_name_has_a_dot_is_told(tmp_path):
     """What is before the first one is the record's name."""
     names = ("0001", "Mr. Smith", "0002", "St. Ives")

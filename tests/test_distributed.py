@@ -126,7 +126,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(shared_recipe, tmp_pat
 
 def test_a_hung_rank_ends_the_job_with_a_message(shared_recipe, tmp_path):
     run = tmp_path / "run"
-    ranks = start_ranks(shared_recipe, run, "train.steps=100000", "train.timeout=10")
+    ranks = start_ranks(shared_recipe, run, "train.steps=100000", "train.timeout=20")
     while checkpoint.newest(run) is None:
         assert ranks[0].poll() is None, ranks[0].communicate()[1]
         time.sleep(0.05)

@@ -89,8 +89,8 @@ def test_the_disk_is_that_of_the_run(told, tmp_path, monkeypatch):
 def test_checkpoints_that_are_kept_for_good_take_room_too(tmp_path):
     """Of 120 updates those after 30, 60 and 90, beside the last one and a new one."""
     policy = CheckpointPolicy(keep=1, keep_every=30)
-    assert doctor._disk(policy, 120, 10**6, tmp_path).text.startswith("0.02 GB")
-    assert doctor._disk(replace(policy, keep_every=0), 120, 10**6, tmp_path).text.startswith("0.01")
+    assert doctor._disk(policy, 120, 10**9, tmp_path).text.startswith("20.00 GB")
+    assert doctor._disk(replace(policy, keep_every=0), 120, 10**9, tmp_path).text.startswith("8.00")
 
 
 def test_a_number_of_gpus_is_for_models(image_recipe_file, capsys):

@@ -2,16 +2,25 @@
 
 import json
 import multiprocessing
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from test_train_model import changed, losses, newest_bytes
 
-from mmrdpm import checkpoint, recipe
+from mmrdpm import checkpoint, recipe, text_tokenizer
+from mmrdpm.data.loader import Loader
 from mmrdpm.data.packing import Lane
+from mmrdpm.data.plan import DataPlan
 from mmrdpm.errors import CheckpointError, DataError
 from mmrdpm.model_recipe import ModelRecipe
+from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.train_model import Trainer, train
+from mmrdpm.vocabulary import Vocabulary
+
+LOADERS = {"image": image_tokenizer.load, "text": text_tokenizer.load}
 
 
 @pytest.fixture
@@ -72,6 +81,41 @@ def test_a_source_that_fails_at_once_leaves_nothing_and_says_so(
         train(corrected, tmp_path / "run")
 
 
+def kill(worker):
+    """Whoever waits for it would take away that it was killed."""
+    worker.kill()
+    while Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+
+
+def too_late(*_):
+    raise TimeoutError("it waits for ever")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_killed_in_the_middle_of_a_batch_is_noticed(workers, tiny_tokenizers, tmp_path):
+    """Of rows that are larger than a pipe: half of them are in it, the rest never comes."""
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "red heart " * 3000}))
+    shape = {"rows": 64, "seq_len": 2048, "steps_per_image": 2, "workers": workers}
+    sources = {"t": {"type": "text", "path": str(tmp_path / "t.jsonl")}}
+    plan = recipe.from_dict(DataPlan, {"sources": sources, **shape}, "test")
+    images, texts = (load(tiny_tokenizers / kind) for kind, load in LOADERS.items())
+    loader = Loader(plan, 0, images, texts, Vocabulary(texts.size, images.codebook_size))
+    loader.rows.next()
+    time.sleep(1.0)  # it fills the pipe
+    kill(multiprocessing.active_children()[0])
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(60)
+    try:
+        with pytest.raises(DataError, match=r"worker .*killed.*lower data\.workers"):
+            for _ in range(9):
+                loader.rows.next()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bits are promised for CPUs alone")
 def test_a_killed_worker_costs_no_update(texts_recipe, tmp_path, monkeypatch):
     whole, run, update = tmp_path / "whole", tmp_path / "run", Trainer.update
@@ -81,13 +125,12 @@ def test_a_killed_worker_costs_no_update(texts_recipe, tmp_path, monkeypatch):
     def killing(self):
         if self.step == 5:
             (worker,) = multiprocessing.active_children()
-            worker.kill()
-            worker.join()
+            kill(worker)
         return update(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", killing)
-        with pytest.raises(DataError, match=r"worker .* was killed, .*lower data\.workers"):
+        with pytest.raises(DataError, match=r"worker .*killed.*lower data\.workers"):
             train(loaded, run)
     assert checkpoint.step_of(checkpoint.newest(run)) >= 5
     assert train(loaded, run, resume=True)

@@ -147,9 +147,13 @@ def to_square(picture: Image.Image, size: int) -> np.ndarray:
     """The whole picture, upright, centred on a white square: uint8 `[size, size, 3]`.
 
     Raises:
-        PictureError: it is so oblong that its short side would have no pixel.
+        PictureError: it is damaged, or so oblong that its short side would have no pixel.
     """
-    rgb = to_rgb(ImageOps.exif_transpose(picture))
+    try:
+        rgb = to_rgb(ImageOps.exif_transpose(picture))
+    except Exception as error:  # as in `_opened`
+        why = f": {error}"
+        raise PictureError("a picture", "the picture could not be read", why) from None
     if not round(size * min(rgb.size) / max(rgb.size)):  # nothing of it would be left
         shape = f"{rgb.width}x{rgb.height}"
         raise PictureError("a picture", "too oblong", f": {shape}, crop it first", shape)

@@ -176,8 +176,8 @@ class Sharded(Source):
         if left:  # of which some lanes had one shard more than others in every epoch
             raise DataError(
                 f"{self}: the place in it was saved by an earlier version, which dealt"
-                f" {shards} shards to {lanes} rows otherwise: begin a new run, with"
-                " model.init_from=RUN to keep its weights"
+                f" {shards} shards to {lanes} rows otherwise: begin a new run (of a model by"
+                " model.init_from=RUN, to keep its weights)"
             )
         return [epoch * in_epoch + turn, i]
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -152,13 +153,14 @@ class Lanes:
         try:
             if self._parts is None:
                 self._parts = self._read(workers)
-            parts = [next(self._parts) for _ in range(max(1, workers))]
+            with _noticing_deaths():
+                parts = [next(self._parts) for _ in range(max(1, workers))]
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            if not (said := str(error)).startswith("DataLoader worker"):
                 raise
             raise DataError(
-                f"{error}: it was killed, as happens where main memory is full: lower"
-                " data.workers, or data.look_ahead"
+                f"{said.strip(' .')}, as happens where main memory is full: lower data.workers, or"
+                " data.look_ahead"
             ) from None
         skipped = [one for part in parts for one in part.skipped()]
         if fault := next((part.fault for part in parts if part.fault), None):
@@ -220,13 +222,36 @@ class Lanes:
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else starting workers would draw from the global one
         )
-        # torch's handler would raise of a killed worker anywhere, in the middle of an update too;
-        # the next batch finds it out as well
+        # torch's handler would raise of a killed worker anywhere, in the middle of an update too
         before = signal.getsignal(signal.SIGCHLD)
         parts = iter(loader)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
         return parts
+
+
+@contextmanager
+def _noticing_deaths() -> Iterator[None]:
+    """Within it a worker that was killed raises RuntimeError, also one whose rows are half read.
+
+    Nothing else would end that reading: this process could write into the worker's pipe as well.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+
+    def look(*of: Any) -> None:
+        torch._C._error_if_any_worker_fails()  # type: ignore[attr-defined]
+        if callable(before):
+            before(*of)
+
+    signal.signal(signal.SIGCHLD, look)
+    try:
+        torch._C._error_if_any_worker_fails()  # type: ignore[attr-defined]  # since the last batch
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,8 @@ class _Reader:
         file = next((file for file in found if file and file.is_file()), None)
         if file and not named:
             return file
+        if file and named:
+            path = f"{path.partition('::')[0]}::{file}"
         return _fetched(path) if on_hub or file else None
 
     def _label(self, value: Any) -> str | None:

@@ -233,11 +233,19 @@ class _Header(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error) or "it ends without its end mark") from None
-        if header.type == tarfile.GNUTYPE_SPARSE:  # whose maps have no limit
-            raise tarfile.ReadError("a sparse member: pack it without tar's --sparse")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            cls._refuse_sparse()
         if header.size > _LONGEST_NAME and header.type in _NAMES:
             raise tarfile.ReadError(f"a name of {header.size} bytes")
         return header
+
+    @staticmethod
+    def _refuse_sparse(*_: Any) -> None:
+        """Their maps have no limit."""
+        raise tarfile.ReadError("a sparse member: pack it without tar's --sparse")
+
+    # the same in three versions of the pax format
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
