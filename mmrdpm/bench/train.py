@@ -42,12 +42,10 @@ def bench_train(recipe: ModelRecipe, rounds: int) -> dict[str, Any]:
     machine.prepare(recipe.train.threads)
     with tempfile.TemporaryDirectory() as folder:  # of what is skipped
         figures = _whole(recipe, rounds, Path(folder))
-    growing: dict[str, Any] = {"growth": {}}
     try:
-        growing["growth"] = _growth(recipe, rounds)
+        return {**figures, "growth": _growth(recipe, rounds)}
     except torch.OutOfMemoryError:  # its sizes lie in memory together
-        growing["no_growth"] = ["the GPU's memory was full"]
-    return figures | growing
+        return {**figures, "growth": {}, "no_growth": "the GPU's memory was full"}
 
 
 def _whole(recipe: ModelRecipe, rounds: int, folder: Path) -> dict[str, Any]:
@@ -90,6 +88,7 @@ def _whole(recipe: ModelRecipe, rounds: int, folder: Path) -> dict[str, Any]:
 def lines(figures: dict[str, Any]) -> list[str]:
     """The figures to read."""
     facts, rounds = figures["machine"], len(figures["all_rounds"]["tokens_per_second"])
+    why = figures.get("no_growth")
     return [
         f"{facts['device']}, torch {facts['torch']}; {figures['run']}",
         f"tokens per second      {figures['tokens_per_second']:,.0f} (padding left out)",
@@ -102,7 +101,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"optimiser              {figures['optimizer_share']:.1%} of the time",
         f"peak memory            {figures['peak_bytes'] / 2**20:,.0f} MiB",
         *growth_lines(figures["growth"]),
-        *(f"growth                 not measured: {why}" for why in figures.get("no_growth", ())),
+        *([f"growth                 not measured: {why}"] if why else []),
     ]
 
 

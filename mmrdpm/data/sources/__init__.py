@@ -49,10 +49,11 @@ class SourceConfig:
 
     def taken(self) -> str:
         """What is taken of the data at the path: the other keys that are set, as text."""
-        keys = [key for key in dataclasses.fields(self) if key.name not in ("weight", "path")]
-        given = {key.name: getattr(self, key.name) for key in keys}
+        keys = (key for key in dataclasses.fields(self) if key.name not in ("weight", "path"))
         return ", ".join(
-            f"{key.name}: {given[key.name]}" for key in keys if given[key.name] != key.default
+            f"{key.name}: {value}"
+            for key in keys
+            if (value := getattr(self, key.name)) != key.default
         )
 
 
