@@ -181,7 +181,7 @@ def test_workers_go_on_after_the_signals_of_one_stop(late, make, uninterrupted, 
         assert [rows(loader) for _ in range(5)] == uninterrupted[1:6]
     for worker in workers:
         worker.join(20)
-        assert worker.exitcode == 0
+        assert worker.exitcode == 1  # or nobody would notice, see test_train_faults.py
 
 
 def test_figures_and_skipped_records_go_on_across_a_stop(make):

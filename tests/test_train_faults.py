@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from test_train_model import changed, losses, newest_bytes
 
 from mmrdpm import checkpoint, recipe, text_tokenizer
+from mmrdpm.data import rows as data_rows
 from mmrdpm.data.loader import Loader
 from mmrdpm.data.packing import Lane
 from mmrdpm.data.plan import DataPlan
@@ -81,21 +83,29 @@ def test_a_source_that_fails_at_once_leaves_nothing_and_says_so(
         train(corrected, tmp_path / "run")
 
 
-def kill(worker):
-    """Whoever waits for it would take away that it was killed."""
-    worker.kill()
+def end(worker, *signals):
+    """Sends them; whoever waits for the worker would take away how it ended."""
+    for number in signals:
+        os.kill(worker.pid, number)
+        time.sleep(0.3)  # two that are both waiting are one
     while Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
 
 
 def too_late(*_):
-    raise TimeoutError("it waits for ever")
+    pytest.fail("it waits for ever")  # no Exception, which torch would take for the worker's end
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGKILL], [signal.SIGTERM] * 2], ids=["killed", "left"]
+)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_killed_in_the_middle_of_a_batch_is_noticed(workers, tiny_tokenizers, tmp_path):
+def test_a_worker_that_ends_in_the_middle_of_a_batch_is_noticed(
+    workers, signals, tiny_tokenizers, tmp_path, monkeypatch
+):
     """Of rows that are larger than a pipe: half of them are in it, the rest never comes."""
+    monkeypatch.setattr(data_rows, "SIGNALS_TOGETHER", 0.0)  # the second SIGTERM is of another stop
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "red heart " * 3000}))
     shape = {"rows": 64, "seq_len": 2048, "steps_per_image": 2, "workers": workers}
     sources = {"t": {"type": "text", "path": str(tmp_path / "t.jsonl")}}
@@ -104,7 +114,7 @@ def test_a_worker_killed_in_the_middle_of_a_batch_is_noticed(workers, tiny_token
     loader = Loader(plan, 0, images, texts, Vocabulary(texts.size, images.codebook_size))
     loader.rows.next()
     time.sleep(1.0)  # it fills the pipe
-    kill(multiprocessing.active_children()[0])
+    end(multiprocessing.active_children()[0], *signals)
     before = signal.signal(signal.SIGALRM, too_late)
     signal.alarm(60)
     try:
@@ -125,7 +135,7 @@ def test_a_killed_worker_costs_no_update(texts_recipe, tmp_path, monkeypatch):
     def killing(self):
         if self.step == 5:
             (worker,) = multiprocessing.active_children()
-            kill(worker)
+            end(worker, signal.SIGKILL)
         return update(self)
 
     with monkeypatch.context() as patch:

@@ -224,10 +224,10 @@ class Lanes:
         )
         # torch's handler would raise of a killed worker anywhere, in the middle of an update too
         before = signal.getsignal(signal.SIGCHLD)
-        parts = iter(loader)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-        return parts
+        try:
+            return iter(loader)
+        finally:
+            _put_back(before)
 
 
 @contextmanager
@@ -251,7 +251,13 @@ def _noticing_deaths() -> Iterator[None]:
         torch._C._error_if_any_worker_fails()  # type: ignore[attr-defined]  # since the last batch
         yield
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        _put_back(before)
+
+
+def _put_back(handler: Any) -> None:
+    """Makes it SIGCHLD's again, which only the main thread can; None is one not of Python."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 @dataclass(frozen=True)
@@ -331,7 +337,8 @@ def _begin_worker(_: int) -> None:
     """Ctrl-C and SIGTERM may reach the whole process group, and the trainer wants to save first.
 
     To finish its update it may still need rows: a worker stays at the first SIGTERM, and leaves at
-    the second, late where both may be of one stop. Where the trainer is killed, a worker that has
+    the second, late where both may be of one stop, and not with 0: who waits for its rows would go
+    on waiting. Where the trainer is killed, a worker that has
     rows to hand over would wait for ever.
     """
     if sys.platform == "linux":
@@ -345,8 +352,8 @@ def _stay_once(*_: object) -> None:
 
     def leave(*_: object) -> None:
         if time.monotonic() - first >= SIGNALS_TOGETHER:
-            os._exit(0)
-        timer = threading.Timer(_LAST_UPDATE, os._exit, (0,))
+            os._exit(1)
+        timer = threading.Timer(_LAST_UPDATE, os._exit, (1,))
         timer.daemon = True  # a worker that has nothing left to do need not wait for it
         timer.start()
 
