@@ -76,7 +76,8 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
     images = image_tokenizer.load(folder / IMAGE_TOKENIZER)
     texts = text_tokenizer.load(folder / TEXT_TOKENIZER)
     vocabulary = Vocabulary(texts.size, images.codebook_size)
-    transformer = build(config, vocabulary, images, soft_labels)
+    with weights.as_large_as(path):
+        transformer = build(config, vocabulary, images, soft_labels)
     check_identity(path, images, texts)
     weights.load_into(transformer, path)
     transformer.eval().requires_grad_(False)

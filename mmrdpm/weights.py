@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mmrdpm.distributed import shard_like
 from mmrdpm.errors import CheckpointError, DamagedError
@@ -137,6 +140,38 @@ def _umask() -> int:
     mask = os.umask(0)  # there is no other way to read it
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def as_large_as(path: Path) -> Iterator[None]:
+    """Modules are built inside, with at most as many weights as the file has numbers: a recipe that
+    comes with it may ask for more than the machine has memory, before their shapes are compared.
+
+    Raises:
+        CheckpointError: they would have more; or the file is not readable, see `load`.
+    """
+    held = left = sum(math.prod(shape) for shape in shapes(path).values())
+    here = threading.get_ident()
+
+    def count(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        nonlocal left
+        if weight is not None and threading.get_ident() == here:
+            left -= weight.numel()
+            if left < 0:
+                raise CheckpointError(
+                    f"{path}: the recipe beside it asks for more than the {held:,} numbers that it"
+                    " holds: it is of another model"
+                )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    except RuntimeError as error:  # there is not even room for it
+        raise CheckpointError(
+            f"{path}: the model of the recipe beside it cannot be built here ({error})"
+        ) from None
+    finally:
+        hook.remove()
 
 
 def load_into(module: nn.Module, path: Path) -> None:

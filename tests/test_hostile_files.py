@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import pytest
 import tokenizers
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import models, pre_tokenizers
@@ -106,6 +108,27 @@ def test_a_header_that_does_not_tell_its_tokenisers_is_refused(tokenizers, tiny_
     weights.save({"w": torch.zeros(1)}, path, {"tokenizers": tokenizers})
     with pytest.raises(CheckpointError, match="does not tell its tokenisers"):
         api.check_identity(path, model.images, model.texts)
+
+
+@pytest.mark.parametrize(
+    ("file", "section", "size"),
+    [
+        ("recipe.yaml", "model", {"ffn": 4096}),
+        ("recipe.yaml", "model", {"layers": 40}),
+        ("tokenizers/image/tokenizer.yaml", "autoencoder", {"widths": [8, 512]}),
+    ],
+)
+def test_a_recipe_cannot_ask_for_more_weights_than_come_with_it(
+    file, section, size, tiny_run, tmp_path
+):
+    """Their shapes are compared once they are built: too late where there is no memory for them."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_run, folder)
+    mapping = yaml.safe_load((folder / file).read_text())
+    mapping[section] |= size
+    (folder / file).write_text(yaml.safe_dump(mapping))
+    with pytest.raises(CheckpointError, match=r"safetensors: the recipe beside it asks for more"):
+        api.load(folder)
 
 
 def png():

@@ -184,6 +184,8 @@ def load(folder: Path) -> ImageTokenizer:
         RecipeError: its spec is missing or wrong.
         CheckpointError: its weights are missing, damaged or do not fit the spec.
     """
-    tokenizer = ImageTokenizer(recipe.load(ImageTokenizerConfig, folder / SPEC_FILE))
-    weights.load_into(tokenizer, folder / WEIGHTS_FILE)
+    config, path = recipe.load(ImageTokenizerConfig, folder / SPEC_FILE), folder / WEIGHTS_FILE
+    with weights.as_large_as(path):
+        tokenizer = ImageTokenizer(config)
+    weights.load_into(tokenizer, path)
     return tokenizer.eval().requires_grad_(False)
