@@ -10,10 +10,10 @@ A model is a folder, a run's own or a shipped one:
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from mmrdpm import checkpoint, machine, recipe, shipped, text_tokenizer, weights
-from mmrdpm.data.cache import fingerprint
 from mmrdpm.data.pictures import to_pictures, to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, Packed, TextSegment, length, pack
-from mmrdpm.errors import CheckpointError, DamagedError, RecipeError, UsageError
+from mmrdpm.errors import CheckpointError, RecipeError, UsageError
+from mmrdpm.identity import check_identity
 from mmrdpm.rdpm import image_tokenizer
 from mmrdpm.rdpm.image_tokenizer import ImageTokenizer
 from mmrdpm.rdpm.soft_labels import lengthening
@@ -121,40 +121,6 @@ def check_codebook(config: TransformerConfig, soft_labels: float, per_step: bool
         )
 
 
-def identity(images: ImageTokenizer, texts: TextTokenizer) -> dict[str, Any]:
-    """What weights say in their file's header about the tokenizers that they belong to."""
-    codes = hashlib.sha256(fingerprint(images).encode())
-    for _, tensor in sorted(images.codebook.state_dict().items()):
-        codes.update(tensor.cpu().contiguous().numpy().tobytes())
-    return {
-        "vocabulary": Vocabulary(texts.size, images.codebook_size).to_dict(),
-        "tokenizers": {"image": codes.hexdigest(), "text": texts.fingerprint()},
-    }
-
-
-def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
-    """Raises CheckpointError unless weights were trained with a vocabulary of these sizes."""
-    saved = weights.metadata(path).get("vocabulary")
-    if saved is not None:
-        vocabulary.check_same(recipe.from_dict(Vocabulary, saved, str(path)), str(path))
-
-
-def check_identity(path: Path, images: ImageTokenizer, texts: TextTokenizer) -> None:
-    """Raises CheckpointError unless the weights at `path` belong to the tokenizers."""
-    check_vocabulary(path, Vocabulary(texts.size, images.codebook_size))
-    saved, here = weights.metadata(path), identity(images, texts)
-    tokenizers = saved.get("tokenizers", {})
-    if not isinstance(tokenizers, dict) or not all(isinstance(h, str) for h in tokenizers.values()):
-        raise DamagedError(f"{path}: its header does not tell its tokenisers: get a good copy")
-    for kind, known in tokenizers.items():
-        if here["tokenizers"].get(kind) != known:
-            raise CheckpointError(
-                f"{path}: the weights were trained with another {kind} tokeniser (SHA-256"
-                f" {known[:12]}) than the one here ({here['tokenizers'].get(kind, 'none')[:12]}):"
-                " put theirs back"
-            )
-
-
 @dataclass
 class Model:
     """A transformer with its tokenizers, ready to use.
@@ -198,6 +164,7 @@ class Model:
         Raises:
             UsageError: a prompt is empty or too long, a number is out of range, or there are seeds
                 for some prompts only.
+            DataError: a prompt holds half a character.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise UsageError("generate takes a list of prompts: put the text in [brackets]")
@@ -212,7 +179,7 @@ class Model:
         """The picture after every step, from `x_T` (noise) to `x_0` (what `generate` gives).
 
         Raises:
-            UsageError: as `generate`.
+            UsageError, DataError: as `generate`.
         """
         states = self._states([(prompt, seed)], **how)[:, 0]
         return to_pictures(self.images.decode_latents(states.flip(0)))
@@ -227,6 +194,7 @@ class Model:
 
         Raises:
             UsageError: there are other things than pictures, or seeds for some of them only.
+            DataError: a picture is damaged or too oblong.
         """
         seeds = _seeds(seed, len(_pictures(images)))
         pairs = zip(images, seeds, strict=True)
@@ -238,6 +206,7 @@ class Model:
 
         Raises:
             UsageError: there are other things than pictures.
+            DataError: a picture is damaged or too oblong.
         """
         documents = [self._looked_at(image) for image in _pictures(images)]
         return [self._continue(document, _LONGEST_CAPTION).strip() for document in documents]
@@ -245,10 +214,11 @@ class Model:
     def complete(
         self, text: str, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> str:
-        """The text with its continuation.
+        """The text with its continuation, which ends before the first picture.
 
         Raises:
             UsageError: the text is empty or longer than the context, or a number is out of range.
+            DataError: it holds half a character.
         """
         if not isinstance(text, str):
             raise UsageError(f"{text!r:.40} is no text: give one to complete")
@@ -269,6 +239,7 @@ class Model:
 
         Raises:
             UsageError: it is no picture, or the text is none or longer than the context.
+            DataError: the picture is damaged or too oblong, or the text holds half a character.
         """
         _pictures([image])
         if not isinstance(text, str):
@@ -280,10 +251,10 @@ class Model:
 
     def _states(self, drawn: Sequence[tuple[str, int]], **how: float | str) -> Tensor:
         """The states of one image per prompt and seed, `[T + 1, B, *grid, C]`."""
-        try:
-            guided = replace(self.sampling, **how)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise UsageError(f"generate: {error}") from None
+        known = [key.name for key in fields(Guided)]
+        for key in how.keys() - known:
+            raise UsageError(f"generate has no {key!r}: choose among {', '.join(known)}")
+        guided = replace(self.sampling, **how)  # type: ignore[arg-type]
         captions = {prompt: self.prompt_ids(prompt) for prompt, _ in drawn}
         requests = [Request(captions[prompt], check_seed(seed)) for prompt, seed in drawn]
         return sample_images(self.transformer, self.images, self.vocabulary, requests, guided)
@@ -365,7 +336,7 @@ def check_seed(seed: int) -> int:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise UsageError(f"{name} is {value!r}: it must be a whole number, at least 1")
 
 

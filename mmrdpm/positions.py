@@ -18,7 +18,7 @@ def sinusoids(places: Tensor, width: int) -> Tensor:
         places: int64 `[R, S, A]`.
 
     Returns:
-        float32 `[R, S, width]` of unit mean square, zero in channels that are left over.
+        float32 `[R, S, width]` of unit mean square, but for zeros in channels that are left over.
     """
     count = width // (2 * places.shape[-1])
     angle = places[..., None] * 100.0 ** (-torch.arange(count, device=places.device) / count)
@@ -29,7 +29,8 @@ def sinusoids(places: Tensor, width: int) -> Tensor:
 def rotations(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15) over several axes at once.
 
-    Half of the channel pairs turn with the slot, the rest is shared evenly by the grid's axes.
+    Half of the channel pairs turn with the slot, the rest is shared by the grid's axes, evenly if
+    it can be.
 
     Args:
         positions: int64 `[R, S, A]`, slot first.

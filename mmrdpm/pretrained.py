@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mmrdpm import checkpoint, hub, language_model, recipe, text_tokenizer, weights
-from mmrdpm.api import TEXT_TOKENIZER, check_vocabulary
+from mmrdpm.api import TEXT_TOKENIZER
 from mmrdpm.distributed import shard_like
 from mmrdpm.errors import CheckpointError, RecipeError
+from mmrdpm.identity import check_vocabulary
 from mmrdpm.language_model import LanguageModel
 from mmrdpm.text_tokenizer import TextTokenizer
 from mmrdpm.transformer import Transformer, TransformerConfig

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrdpm import api, checkpoint, distributed, machine, pretrained, text_tokenizer, weights
+from mmrdpm import checkpoint, distributed, machine, pretrained, text_tokenizer, weights
 from mmrdpm.api import IMAGE_TOKENIZER, TEXT_TOKENIZER, TOKENIZER_FILES, Model, build
 from mmrdpm.attention import backend
 from mmrdpm.data.loader import Loader, merge_states
@@ -26,6 +26,7 @@ from mmrdpm.engine.meter import Meter
 from mmrdpm.engine.parallel import Objective, Parallel
 from mmrdpm.engine.shards import ShardWriter
 from mmrdpm.errors import DataError, RecipeError, TrainingError
+from mmrdpm.identity import check_identity, identity
 from mmrdpm.model_recipe import ModelRecipe, may_change
 from mmrdpm.monitor import Monitor
 from mmrdpm.objective import summed_weights
@@ -251,7 +252,7 @@ class Trainer:
         step, policy, sharded = self.step, self.recipe.checkpoint, self.shards is not None
         raw = dict(self.transformer.named_parameters())
         used = distributed.gather(self.average.tensors if self.average else raw)
-        about = {**api.identity(self.images, self.texts), "step": step}
+        about = {**identity(self.images, self.texts), "step": step}
         state = {
             "step": step,
             "data": self._place(),
@@ -307,7 +308,7 @@ class Trainer:
         """
         needed = ("step", "data", "optimizers", "guard", "meter", "raw")
         state = checkpoint.state_of(path, needed)
-        api.check_identity(path, self.images, self.texts)
+        check_identity(path, self.images, self.texts)
         self.optimizers.restore(state["optimizers"])
         if folder := checkpoint.shards_of(path):
             shards.load(self._sharded(state["moments"]), folder)

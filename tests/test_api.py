@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 import mmrdpm
 from mmrdpm.document import TextSegment, pack
-from mmrdpm.errors import CheckpointError, MmrdpmError, UsageError
+from mmrdpm.errors import CheckpointError, DataError, MmrdpmError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,9 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
         (lambda m: m.generate(["a"], top_k=2.0), "top-k 2.0 must be a whole number"),
         (lambda m: m.caption([Image.new("F", (4, 4), 0.5)]), "floating point pixels"),
         (lambda m: m.score(Image.new("F", (4, 4), 0.5), "a"), "floating point pixels"),
-        (lambda m: m.generate(["a"], guidance=2.0), "guidance"),
+        (lambda m: m.generate(["a"], guidance=2.0), "no 'guidance': choose among .*guidance_scale"),
+        (lambda m: m.generate(["a"], guidance_scale="3"), "guidance scale 3: it must be a number"),
+        (lambda m: m.trace("a", guidance_scale=None), "guidance scale None: it must be a number"),
         (lambda m: m.generate(["red", 5]), "5 is no text"),
         (lambda m: m.generate(["a"], n=1.5), "n is 1.5"),
         (lambda m: m.complete("a", max_tokens=1.5), "whole number"),
@@ -151,6 +153,23 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
 def test_calls_that_make_no_sense_are_refused(model, call, says):
     with pytest.raises(UsageError, match=says):
         call(model)
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    plain = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "guidance_scale": 2.0}
+    theirs = {key: np.asarray(value)[()] for key, value in plain.items()}
+    ours = model.generate(["cat"], n=2, expected_steps=1, **plain)
+    found = model.generate(["cat"], n=np.int64(2), expected_steps=np.int64(1), **theirs)
+    assert [p.tobytes() for p in found] == [p.tobytes() for p in ours]
+
+
+def test_a_picture_without_pixels_is_refused(model):
+    with pytest.raises(DataError, match="0x0"):
+        model.caption([Image.new("RGB", (0, 0))])
+
+
+def test_what_captions_a_picture_is_not_gone_on_with():
+    assert mmrdpm.load().complete("syringe") == "syringe"
 
 
 def test_a_model_of_before_a_key_was_added_is_as_it_was(tmp_path, tiny_run):
@@ -190,6 +209,11 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path, tiny_run):
     turned = path.read_text().replace('"a": ', '"A_": ').replace('"A": ', '"a": ')
     path.write_text(turned.replace('"A_": ', '"A": '))
     with pytest.raises(CheckpointError, match="trained with another text tokeniser"):
+        mmrdpm.load(run)
+    shutil.copytree(tiny_run / "tokenizers", run / "tokenizers", dirs_exist_ok=True)
+    path = run / "tokenizers" / "image" / "tokenizer.yaml"
+    path.write_text(path.read_text().replace("schedule: linear", "schedule: cubic"))
+    with pytest.raises(CheckpointError, match=r"coded by {.*'linear'.* here has {.*'cubic'"):
         mmrdpm.load(run)
     torch.save({"w": torch.zeros(2)}, run / "step-9999999.safetensors")
     with pytest.raises(CheckpointError, match="pickled weights are never loaded"):

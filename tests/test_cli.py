@@ -114,9 +114,9 @@ def pickled(run):
     torch.save({"w": torch.zeros(1)}, run / "step-9999999.safetensors")
 
 
-def reshaped(run):
+def narrowed(run):
     text = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(text.replace("width: 32", "width: 64"))
+    (run / "recipe.yaml").write_text(text.replace("width: 32", "width: 16"))
 
 
 def softened(run):
@@ -129,7 +129,7 @@ def softened(run):
     [
         (truncate, "truncated"),
         (pickled, "pickled"),
-        (reshaped, "the model needs"),
+        (narrowed, "the model needs"),
         (softened, "train.soft_labels must be a number"),
     ],
 )

@@ -20,6 +20,7 @@ from mmrdpm.data.records import DAMAGED_SHARD, Broken
 from mmrdpm.data.sources.cached import Manifest
 from mmrdpm.data.sources.webdataset import Shards
 from mmrdpm.errors import CheckpointError, RecipeError, printable
+from mmrdpm.identity import check_identity
 from mmrdpm.model_recipe import ModelRecipe
 
 ESCAPE = "\x1b[31m"
@@ -107,7 +108,7 @@ def test_a_header_that_does_not_tell_its_tokenisers_is_refused(tokenizers, tiny_
     path = tmp_path / "w.safetensors"
     weights.save({"w": torch.zeros(1)}, path, {"tokenizers": tokenizers})
     with pytest.raises(CheckpointError, match="does not tell its tokenisers"):
-        api.check_identity(path, model.images, model.texts)
+        check_identity(path, model.images, model.texts)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors", "recipe", "shipped", "hub", "machine", "tally", "distributed"},
     {"weights", "rdpm", "text_tokenizer", "vocabulary", "attention"},
     {"document", "positions", "transformer", "objective", "data", "language_model"},
-    {"sampling", "optim", "tree", "checkpoint", "monitor", "metrics", "engine"},
+    {"sampling", "optim", "tree", "checkpoint", "monitor", "metrics", "engine", "identity"},
     {"api", "pretrained"},
     {
         "train_tokenizer",

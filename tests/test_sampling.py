@@ -282,12 +282,25 @@ def test_cached_text_equals_reading_everything_anew():
     for _ in range(6):
         row = pack([[[TextSegment(tuple(ids))]]], len(ids), VOCABULARY, 4)
         logits = model.logits(model(row))[0, -1]
-        logits = torch.cat([logits[:20], logits[VOCABULARY.eos : VOCABULARY.eos + 1]])
-        choice = int(logits.argmax())
-        if choice == 20:
+        may_come = [*range(20), VOCABULARY.eos, VOCABULARY.image_start]
+        choice = may_come[int(logits[may_come].argmax())]
+        if choice >= 20:
             break
         ids.append(choice)
     assert found == ids[3:]
+
+
+@pytest.mark.parametrize("end", ["eos", "image_start"])
+def test_text_ends_where_its_document_or_a_picture_would_come(end):
+    """Captions are learned in front of pictures: what follows them is no word."""
+    model, _ = make_models()
+    context = pack([[[TextSegment((VOCABULARY.bos, 4, 9))]]], 3, VOCABULARY, 4)
+    assert sample_text(model, VOCABULARY, context, 6)
+    with torch.no_grad():
+        hidden = model(context)[0, -1]
+        model.table.weight[getattr(VOCABULARY, end)] = 100 * hidden
+        assert int(model.logits(hidden).argmax()) == getattr(VOCABULARY, end)
+    assert sample_text(model, VOCABULARY, context, 6) == []
 
 
 _LIKE_A_LANGUAGE_MODEL = {

@@ -93,7 +93,7 @@ def _runs(ids: Tensor) -> list[tuple[int, int]]:
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """q `[R, S, H, D]`, k and v `[R, K, G, D]`, mask bool `[R, 1, S, K]` -> `[R, S, H, D]`."""
+    """q `[R, S, H, D]`, k and v `[R, K, G, D]`, mask (or bias) `[R, 1, S, K]` -> `[R, S, H, D]`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     return scaled_dot_product_attention(q, k, v, visible, enable_gqa=grouped).transpose(1, 2)

@@ -161,7 +161,7 @@ def writing(
         raise UsageError(f"the model ends every text right after {_PROMPT!r}: train it longer")
     pairs = zip(seconds["begin"], seconds["write"], strict=True)
     per_token = [(written - begun) / max(counts) for begun, written in pairs]
-    scored = (vocabulary.eos + 1) * model.config.width
+    scored = (vocabulary.image_start + 1) * model.config.width
     weights = (stack_weights(model) + scored) * model.table.weight.element_size()
     floors = [weights * s / size for s in seconds["read"]]
     return {

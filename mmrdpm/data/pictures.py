@@ -154,7 +154,7 @@ def to_square(picture: Image.Image, size: int) -> np.ndarray:
     except Exception as error:  # as in `_opened`
         why = f": {error}"
         raise PictureError("a picture", "the picture could not be read", why) from None
-    if not round(size * min(rgb.size) / max(rgb.size)):  # nothing of it would be left
+    if not round(size * min(rgb.size) / max(1, *rgb.size)):  # nothing of it would be left
         shape = f"{rgb.width}x{rgb.height}"
         raise PictureError("a picture", "too oblong", f": {shape}, crop it first", shape)
     if rgb.size != (size, size):

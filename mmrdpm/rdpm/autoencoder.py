@@ -45,6 +45,11 @@ class AutoencoderConfig:
                 f"tokenizer.autoencoder.image_size is {self.image_size}: it must be a multiple of"
                 f" {self.factor}, which the patch and the widths shrink it by"
             )
+        if self.grid == (1, 1) and self.widths[-1] == _GROUPS:
+            raise RecipeError(
+                f"tokenizer.autoencoder: a grid of 1x1 places of width {_GROUPS} has one value for"
+                " each group that is normalised: give the last of widths more"
+            )
 
     @property
     def factor(self) -> int:

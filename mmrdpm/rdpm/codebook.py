@@ -65,7 +65,7 @@ class Codebook(nn.Module):
         return self.codes[timestep - 1 if self.per_step else 0, : self.sizes[timestep - 1]]
 
     def nearest(self, residual: Tensor, timestep: int) -> Tensor:
-        """`argmin_k || r_t / g_t - e_k ||^2` (design, section 1): int64 `[...]` for `[..., C]`."""
+        """`argmin_k || r_t / g_t - e_k ||^2` (docs/method.md): int64 `[...]` for `[..., C]`."""
         table = self.table(timestep)
         # || r - e ||^2 without its term in r alone, which does not change the argmin
         flat = residual.reshape(-1, residual.shape[-1]) / self.gains[timestep - 1]
@@ -83,14 +83,15 @@ class Codebook(nn.Module):
 
 
 def _check_sizes(sizes: Sequence[int], num_timesteps: int, size: int, per_step: bool) -> None:
+    drawn = list(sizes)[::-1]  # as recipes have them, T first
     if len(sizes) != num_timesteps or not all(1 <= s <= size for s in sizes):
         raise RecipeError(
-            f"codebook_sizes {list(sizes)}: give one size for each of the {num_timesteps}"
+            f"codebook_sizes {drawn}: give one size for each of the {num_timesteps}"
             f" timesteps, each from 1 to codebook_size, {size}"
         )
     if max(sizes) < size:  # or codes that no step has would be scored, and labels softened by them
         raise RecipeError(
-            f"codebook_sizes {list(sizes)}: the largest must be codebook_size, {size}: lower that"
+            f"codebook_sizes {drawn}: the largest must be codebook_size, {size}: lower that"
         )
     if len(set(sizes)) > 1 and not per_step:
         raise RecipeError(

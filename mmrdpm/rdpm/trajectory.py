@@ -179,7 +179,7 @@ def walk(
 def encode(
     trajectory: Trajectory, codebook: Codebook, latents: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Recurrent tokenisation (design, section 1).
+    """Recurrent tokenisation (docs/method.md).
 
     Args:
         latents: `z_0`, float32 `[B, *grid, C]`.

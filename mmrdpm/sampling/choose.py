@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Choice:
 
     Attributes:
         temperature: 0 takes the likeliest id.
-        top_k: keep the k likeliest ids, 0 keeps all.
+        top_k: keep the k likeliest ids, and what is as likely as the last; 0 keeps all.
         top_p: keep the likeliest ids that together reach this probability, 1 keeps all.
 
     Raises:
@@ -31,13 +32,13 @@ class Choice:
     top_p: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
 
     def __post_init__(self) -> None:
-        numbers = all(isinstance(x, (int, float)) for x in (self.temperature, self.top_p))
+        numbers = all(isinstance(x, Real) for x in (self.temperature, self.top_p))
         if not numbers or not 0 <= self.temperature <= _HOTTEST or not 0 < self.top_p <= 1:
             raise UsageError(
                 f"temperature {self.temperature!s:.20} must be a number from 0 to {_HOTTEST:g},"
                 f" top-p {self.top_p} above 0 and at most 1"
             )
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise UsageError(f"top-k {self.top_k} must be a whole number, 0 or more")
 
 

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -69,14 +70,13 @@ class Guided(Choice):
         if self.guidance_schedule not in get_args(GuidanceSchedule):
             known = ", ".join(get_args(GuidanceSchedule))
             raise UsageError(f"guidance schedule {self.guidance_schedule!r}: choose one of {known}")
-        if not 0 <= self.guidance_scale <= MOST_GUIDANCE:
+        scale, steps = self.guidance_scale, self.expected_steps
+        if not isinstance(scale, Real) or not 0 <= scale <= MOST_GUIDANCE:
             raise UsageError(
-                f"guidance scale {self.guidance_scale}: it must be from 0 to {MOST_GUIDANCE:g}"
+                f"guidance scale {scale!s:.20}: it must be a number from 0 to {MOST_GUIDANCE:g}"
             )
-        if self.expected_steps < 0 or self.expected_steps % 1:
-            raise UsageError(
-                f"expected steps {self.expected_steps}: it must be a whole number, 0 or more"
-            )
+        if not isinstance(steps, Integral) or steps < 0:
+            raise UsageError(f"expected steps {steps!s:.20}: it must be a whole number, 0 or more")
 
     def at(self, scale: float | None) -> Guided:
         """The same at another guidance scale; None leaves it."""

@@ -24,11 +24,15 @@ def sample_text(
     seed: int = 0,
     choice: Choice | None = None,
 ) -> list[int]:
-    """Text ids that follow one unpadded row; ends at `<|eos|>` or after `max_tokens`."""
+    """Text ids that follow one unpadded row, `max_tokens` at most.
+
+    They end at `<|eos|>`, and at `<|image|>`: behind what captions a picture most pictures begin.
+    """
     choice = choice or Choice(temperature=0)
     generator = torch.Generator().manual_seed(seed)
     cache, ids = Cache(model, context, max_tokens), list[int]()
-    scored = vocabulary.eos + 1  # neither other specials nor image codes are
+    ends = (vocabulary.eos, vocabulary.image_start)
+    scored = max(ends) + 1  # neither later specials nor image codes are
     follow: Callable[[int], Tensor]
     if suits(model):
         follow = Writer(model, cache, context.positions[:, -1:], max_tokens, scored).follow
@@ -38,9 +42,9 @@ def sample_text(
     while len(ids) < max_tokens:
         if ids:
             logits = follow(ids[-1])
-        logits[:, vocabulary.bos] = -torch.inf
+        logits[:, [vocabulary.bos, vocabulary.pad]] = -torch.inf
         token = choose(logits, choice, [generator])
-        if token == vocabulary.eos:
+        if token in ends:
             break
         ids.append(int(token))
     return ids
