@@ -58,7 +58,7 @@ def load(model: str | Path = DEFAULT_MODEL) -> Model:
             " step-*.safetensors, as `mmrdpm train` makes it"
         )
     spec = folder / checkpoint.RECIPE_FILE
-    mapping = recipe.read(spec)
+    mapping = recipe.of_kind(spec, "model")
     config = recipe.from_dict(TransformerConfig, mapping.get("model") or {}, f"{spec}: model")
     sampling = recipe.from_dict(Guided, mapping.get("sampling") or {}, f"{spec}: sampling")
     data, train = mapping.get("data"), mapping.get("train")
@@ -241,9 +241,11 @@ class Model:
             UsageError: it is no picture, or the text is none or longer than the context.
             DataError: the picture is damaged or too oblong, or the text holds half a character.
         """
+        if not isinstance(image, Image.Image) or not isinstance(text, str):
+            raise UsageError(
+                f"score takes a picture and a text, not {image!r:.40} and {text!r:.40}"
+            )
         _pictures([image])
-        if not isinstance(text, str):
-            raise UsageError(f"{text!r:.40} is no text: give one to score")
         ids = (*self.texts.encode(text), self.vocabulary.eos)
         before, picture, after = self._looked_at(image)
         document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]

@@ -88,6 +88,11 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
         return
     if not path.exists():
         raise CheckpointError(f"{run}: no run to resume: leave --resume out to begin one")
+    if newest(run) and not (run / _RESUME).exists():
+        raise CheckpointError(
+            f"{run}: holds weights but no state of a training, as an export does: begin another"
+            f" run with model.init_from={run}"
+        )
     saved = recipe.from_dict(type(resolved), recipe.read(path), str(path))
     for key, old, new in _differences(recipe.to_dict(saved), recipe.to_dict(resolved)):
         if key not in free:
@@ -133,18 +138,22 @@ def claimed(run: Path) -> Iterator[bool]:
     Raises:
         CheckpointError: another process trains in it.
     """
-    alone = False
+    alone = taken = False
     with open(run / _LOCK, "w", encoding="utf-8") as file:
         try:
             if distributed.is_main():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
         except BlockingIOError:
-            raise CheckpointError(
-                f"{run}: another process is training in this folder: wait for its end, or stop it"
-            ) from None
+            taken = True
         except OSError:
             pass  # a file system without locks
+        if distributed.anyone(taken):
+            if not taken:  # rank 0 says why
+                raise SystemExit(1)
+            raise CheckpointError(
+                f"{run}: another process is training in this folder: wait for its end, or stop it"
+            )
         yield alone
 
 

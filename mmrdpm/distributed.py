@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -139,7 +139,8 @@ class Watchdog:
     """Ends the process, with a line that says where it hung, when nothing was done for too long.
 
     A collective times out by itself; this also catches a rank that hangs elsewhere, in reading
-    data for example, which the other ranks could only wait for. It sleeps where there is one rank.
+    data for example, which the other ranks could only wait for. It sleeps where there is one rank,
+    and ends with the `with` block that it is held by.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -153,8 +154,10 @@ class Watchdog:
         """Says that the process is alive and what it does next."""
         self._last, self._doing = time.monotonic(), what
 
-    def stop(self) -> None:
-        """Ends the watch."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._done.set()
 
     def _watch(self) -> None:

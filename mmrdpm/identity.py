@@ -18,17 +18,22 @@ _STEPS = ("num_timesteps", "schedule", "trajectory", "eta", "codebook_sizes")
 
 def identity(images: ImageTokenizer, texts: TextTokenizer) -> dict[str, Any]:
     """What weights say in their file's header about the tokenizers that they belong to."""
-    codes = hashlib.sha256(fingerprint(images).encode())
-    for _, tensor in sorted(images.codebook.state_dict().items()):
-        codes.update(tensor.cpu().contiguous().numpy().tobytes())
     return {
         "vocabulary": Vocabulary(texts.size, images.codebook_size).to_dict(),
-        "tokenizers": {"image": codes.hexdigest(), "text": texts.fingerprint()},
-        "steps": _steps(images),
+        "tokenizers": {"image": codes_sha256(images), "text": texts.fingerprint()},
+        "steps": steps_of(images),
     }
 
 
-def _steps(images: ImageTokenizer) -> dict[str, Any]:
+def codes_sha256(images: ImageTokenizer) -> str:
+    """Of an image tokeniser's autoencoder and codes."""
+    codes = hashlib.sha256(fingerprint(images).encode())
+    for _, tensor in sorted(images.codebook.state_dict().items()):
+        codes.update(tensor.cpu().contiguous().numpy().tobytes())
+    return codes.hexdigest()
+
+
+def steps_of(images: ImageTokenizer) -> dict[str, Any]:
     """How the same codes become an image."""
     values = {key: getattr(images.config, key) for key in _STEPS}
     return values | {"codebook_sizes": list(images.config.codebook_sizes)}  # as JSON has it

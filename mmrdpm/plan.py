@@ -215,7 +215,7 @@ def _image_spec(name: str) -> ImageTokenizerConfig:
     """The spec in a tokeniser's folder, or in the recipe (a .yaml file) that is to train it."""
     if name.endswith(".yaml"):
         path = shipped.resolve("recipes", name)
-        section = recipe.read(path).get("tokenizer") or {}
+        section = recipe.of_kind(path, "image").get("tokenizer") or {}
         return recipe.from_dict(ImageTokenizerConfig, section, f"{path}: tokenizer")
     try:
         folder = shipped.resolve("tokenizers", name)

@@ -185,12 +185,15 @@ def _described(name: str, given: TransformerConfig) -> tuple[TransformerConfig, 
     if isinstance(origin, LanguageModel):
         return origin.config, name
     kept = [key for key in ("code_geometry", "preconditioning") if getattr(origin.config, key)]
-    for key in ("history", "places", *kept):  # no weight would show the first two
-        if getattr(origin.config, key) != getattr(given, key):
-            raise RecipeError(
-                f"model.init_from is {name}, which was trained with model.{key}"
-                f" {str(getattr(origin.config, key)).lower()}: write the same"
-            )
+    had = {key: getattr(origin.config, key) for key in ("history", "places", *kept)}
+    # no weight would show the first two
+    differ = [
+        f"model.{key}={str(on).lower()}" for key, on in had.items() if getattr(given, key) != on
+    ]
+    if differ:
+        raise RecipeError(
+            f"model.init_from is {name}, which was trained with {' '.join(differ)}: write the same"
+        )
     return origin.config, str(_text_folder(origin))
 
 

@@ -147,16 +147,32 @@ def _known_as(mapping: dict[Any, Any], key: str) -> Any:
     return next((known for known in mapping if str(known) == key), key)
 
 
+def of_kind(path: Path, kind: str) -> dict[str, Any]:
+    """The mapping of a recipe that must be of one kind, see `read`.
+
+    Raises:
+        RecipeError: it is of another.
+    """
+    mapping = read(path)
+    if (found := mapping.get("kind", kind)) != kind:
+        raise RecipeError(f"{path}: is of kind {found!r}, not {kind!r}: name one of that kind")
+    return mapping
+
+
 def _schema(schema: type[T], mapping: Any, where: str, prefix: str) -> T:
     if not isinstance(mapping, Mapping):
         place = prefix.rstrip(".") or "the recipe"
         raise RecipeError(f"{where}: {place} must be a mapping of keys, not {_kind(mapping)}")
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    if "kind" in fields and "kind" in mapping:  # before keys that one of another kind has
+        _value(hints["kind"], mapping["kind"], where, f"{prefix}kind")
     for key in mapping:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            if ":" in str(key):
+                hint = "YAML wants a space behind the colon of key: value"
             raise RecipeError(f"{where}: unknown key {prefix}{key}: {hint}")
     values = {}
     for name, spec in fields.items():
@@ -178,7 +194,8 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if origin is Literal:
         if value not in args:
             known = ", ".join(map(str, args))
-            raise RecipeError(f"{where}: {key} is {value!r}: choose one of {known}")
+            mend = f"choose one of {known}" if args[1:] else f"here it must be {known}"
+            raise RecipeError(f"{where}: {key} is {value!r}: {mend}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
     with distributed.joined(recipe.train.timeout):
         again = distributed.restarted()
         resume = resume or (again and (run / checkpoint.RECIPE_FILE).exists())
+        if not resume:
+            recipe.data.check_outside(run)
         distributed.first(
             lambda: checkpoint.begin(
                 run,
@@ -65,11 +68,12 @@ def train(recipe: ModelRecipe, run: Path, resume: bool = False) -> bool:
             trainer = Trainer(recipe, run)
             trainer.check_prompts()  # a faulty one should not leave half a run
             distributed.first(lambda: checkpoint.record(run, trainer.recipe, trainer.tokenizers))
-            return _loop(trainer.recipe, run, trainer)
+            with distributed.Watchdog(recipe.train.timeout) as dog:
+                return _loop(trainer.recipe, run, trainer, dog)
 
 
-def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
-    plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
+def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer, dog: distributed.Watchdog) -> bool:
+    plan, policy = recipe.train, recipe.checkpoint
     checkpoint.resume(run, trainer.restore)
     with Monitor(run, run.name, plan.steps, trainer.step, plan.wandb) as monitor:
         monitor.say(f"{trainer.describe()}; {run}")
@@ -104,7 +108,6 @@ def _loop(recipe: ModelRecipe, run: Path, trainer: Trainer) -> bool:
                 dog.doing(f"drawing samples of step {step}")
                 trainer.sample(monitor)
         trainer.finish_writing()
-    dog.stop()
     return trainer.step == plan.steps
 
 
@@ -149,7 +152,8 @@ class Trainer:
         self.origin = ""
         if (name := recipe.model.init_from) and checkpoint.agreed(run) is None:
             self.origin = pretrained.begin(self.transformer, name, self.vocabulary, self.texts)
-        if plan.compile and self.device.type == "cuda":
+        self.compiled = plan.compile and self.device.type == "cuda"
+        if self.compiled:
             # kernels are kept by function, not by model, and only the first eight shapes of each
             torch.compiler.reset()
             self.transformer.compile_layers()
@@ -284,10 +288,14 @@ class Trainer:
         return said
 
     def finish_writing(self) -> None:
-        """Waits for the last checkpoint; where it failed on rank 0, all ranks end. All call it."""
-        if not distributed.is_main():
+        """Waits for the last checkpoint; where it failed on a rank, all end. All call it."""
+        failed = None
+        try:
             self.writer.finish()
-        distributed.first(self.writer.finish)
+        except Exception as error:
+            failed = error
+        if distributed.anyone(failed is not None):
+            raise failed or SystemExit(1)
 
     def _sharded(self, moments: Collection[str] = ()) -> dict[str, Tensor]:
         """What is cut over the ranks of a sharded model, by name; see `Optimizers.moments`."""
@@ -369,4 +377,7 @@ class Trainer:
         its checkpoints.
         """
         if self.recipe.samples.prompts and distributed.is_main() and not self.parallel.sharded:
-            sample(self.model(), self.recipe.samples, self.step, monitor)
+            # the few shapes that a layer is compiled for are those of training
+            stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+            with stance:
+                sample(self.model(), self.recipe.samples, self.step, monitor)

@@ -95,7 +95,8 @@ def train_image(recipe: ImageTokenizerRecipe, run: Path, resume: bool = False) -
         with checkpoint.claimed(run) as alone:
             distributed.first(lambda: None if resume else checkpoint.forget(run, alone))
             distributed.first(lambda: checkpoint.record(run, recipe, {}))
-            return _loop(recipe, run, trainer)
+            with distributed.Watchdog(plan.timeout) as dog:
+                return _loop(recipe, run, trainer, dog)
 
 
 def _open(recipe: ImageTokenizerRecipe, run: Path, resume: bool) -> None:
@@ -113,8 +114,10 @@ def _check_free(folder: Path, files: Sequence[str]) -> None:
             )
 
 
-def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) -> bool:
-    plan, policy, dog = recipe.train, recipe.checkpoint, distributed.Watchdog(recipe.train.timeout)
+def _loop(
+    recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer, dog: distributed.Watchdog
+) -> bool:
+    plan, policy = recipe.train, recipe.checkpoint
     checkpoint.resume(run, trainer.restore)
     saved = trainer.step
     with Monitor(run, "image tokeniser", plan.steps, trainer.step, plan.wandb) as monitor:
@@ -143,7 +146,6 @@ def _loop(recipe: ImageTokenizerRecipe, run: Path, trainer: TokenizerTrainer) ->
                 saved = step
             if stopping:
                 break
-    dog.stop()
     finished = trainer.step == plan.steps
     if finished and distributed.is_main():
         trainer.tokenizer.save(run)

@@ -74,7 +74,9 @@ def main(out: Path, overrides: list[str]) -> None:
         if not judged.exists():
             script = "scripts/peer_held_out.py"
             lines = called(script, out / name, peer, *how, *overrides, keep=True)
-            judged.write_text(lines, encoding="utf-8")
+            partial = judged.with_suffix(".partial")
+            partial.write_text(lines, encoding="utf-8")
+            partial.replace(judged)
     print(table(out))
 
 

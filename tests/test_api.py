@@ -131,7 +131,10 @@ def test_the_space_between_a_text_and_what_follows_is_kept(model, monkeypatch):
         (lambda m: m.generate(["a"], expected_steps=1.5), "whole number"),
         (lambda m: m.caption(Image.new("RGB", (4, 4))), "list of pictures"),
         (lambda m: m.caption(p for p in [Image.new("RGB", (4, 4))]), "list of pictures"),
-        (lambda m: m.score(Image.new("RGB", (4, 4)), None), "None is no text"),
+        (
+            lambda m: m.score(Image.new("RGB", (4, 4)), None),
+            "score takes a picture and a text, not .* and None",
+        ),
         (lambda m: m.generate(["a"], temperature=-1.0), "temperature -1.0"),
         (lambda m: m.generate(["a"], top_k=2.0), "top-k 2.0 must be a whole number"),
         (lambda m: m.caption([Image.new("F", (4, 4), 0.5)]), "floating point pixels"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from functools import partial
 
@@ -94,6 +95,12 @@ def test_tokenizer_commands(run, tiny_tokenizers, photo):
     assert out.count("PSNR") == out.count("codebook usage") == out.count("latent error") == 3
     status, out, _ = run("tokenizer", "eval", tiny_tokenizers / "text")
     assert status == 0 and " 0 changed by a round trip" in out
+    text = run("tokenizer", "eval", tiny_tokenizers / "text", "--images", photo.parent)
+    assert_mistake(text, "is a text tokeniser: leave it out")
+    status, out, _ = run("tokenizer", "eval", tiny_tokenizers / "image", "--images", photo.parent)
+    assert "usage is too low: 4 codes cannot show" in out
+    wrong = run("tokenizer", "show", photo, "--tokenizer", tiny_tokenizers / "text")
+    assert_mistake(wrong, "the folder of no image tokeniser")
     status, out, _ = run("tokenizer", "show", photo, "--tokenizer", tiny_tokenizers / "image")
     assert status == 0 and look(out.strip())[0] > 5 * 96
 
@@ -219,8 +226,12 @@ def test_text_tokenizers_train_from_a_recipe(run, tmp_path):
     assert_mistake(
         run("tokenizer", "train", "t.yaml", "vocab_size=257", "--run", "made"), "257", "raise it"
     )
-    status, out, _ = run("tokenizer", "train", "t.yaml", "vocab_size=600", "--run", "made")
-    assert (status, out) == (0, "made\n")
+    status, out, err = run("tokenizer", "train", "t.yaml", "vocab_size=600", "--run", "made")
+    assert (status, out, err) == (0, "made\n", "")
+    (tmp_path / "few.txt").write_text("a few words\n")
+    few = "data.sources={few: {type: text, path: few.txt}}"
+    status, _, err = run("tokenizer", "train", "t.yaml", "model=bpe", few, "--run", "few")
+    assert status == 0 and re.search(r"^the texts give 2\d\d ids, not 4096$", err, re.M)
     status, out, _ = run("tokenizer", "eval", "made")
     assert status == 0 and " 0 changed by a round trip" in out
     assert_mistake(

@@ -191,7 +191,7 @@ def test_a_cache_of_other_captions_of_the_same_pictures_is_refused(
     capsys.readouterr()
     assert main([*command, "data.sources.p.caption=title"]) == 1
     said = capsys.readouterr().err
-    assert "with taken type: folder (of" in said and "not type: folder, caption: title" in said
+    assert "with taken type: folder, not type: folder, caption: title (its image" in said
     manifest = tmp_path / "c/p/manifest.json"
     mapping = json.loads(manifest.read_text())
     del mapping["taken"]
@@ -293,3 +293,13 @@ def test_a_place_of_an_earlier_version_is_gone_on_from_where_it_means_the_same()
     with pytest.raises(DataError, match="dealt 6 shards to 4 rows otherwise: begin a new run"):
         next(Shelves([3] * 6).records(1, 4, "0", [1, 1, 2]))
     assert np.array_equal(even.begun(1, 4, [1, 1, 2]), even.begun(1, 4, [3, 2]))
+
+
+def test_a_run_among_its_own_pictures_is_refused(tmp_path):
+    """Its samples would be pictures to learn, uncaptioned, and the list of records another."""
+    plan = DataPlan(sources={"mine": SourceConfig("folder", path=str(tmp_path / "pictures"))})
+    plan.check_outside(tmp_path / "run")
+    plan.check_outside(tmp_path / "pictures-run")
+    for run in ("pictures", "pictures/runs/one"):
+        with pytest.raises(RecipeError, match=r"data\.sources\.mine: .* give --run another"):
+            plan.check_outside(tmp_path / run)

@@ -80,6 +80,31 @@ def test_hugging_face_streams_and_their_faults(table):
         opened(table / "t.parquet")
 
 
+def test_pictures_are_found_by_what_a_column_holds(datasets, tmp_path):
+    """Under whatever name: texts alone would be learned of such a table, without a word."""
+    picture, text = datasets.Image(), datasets.Value("string")
+    shapes = {
+        "one": {"photo": picture, "text": text},
+        "two": {"front": picture, "back": picture, "text": text},
+        "none": {"title": text},
+    }
+    for name, shape in shapes.items():
+        row = {key: "a" if kind is text else {"bytes": image()} for key, kind in shape.items()}
+        rows = {key: [value] for key, value in row.items()}
+        data = datasets.Dataset.from_dict(rows, features=datasets.Features(shape))
+        data.to_parquet(str(tmp_path / f"{name}.parquet"))
+    for streaming in (False, True):
+        source = opened(tmp_path / "one.parquet", streaming=streaming)
+        (found,) = source.shard(0) if streaming else everything(source)
+        assert found.captions == ("a",) and found.image == image()
+    assert everything(opened(tmp_path / "one.parquet", text="text"))[0].text == "a"
+    with pytest.raises(DataError, match=r"front, back hold pictures: name one with .*'image'"):
+        opened(tmp_path / "two.parquet")
+    assert opened(tmp_path / "two.parquet", image="back").record(0).image == image()
+    with pytest.raises(DataError, match=r"no column for the image among title.*key 'image'"):
+        open_source("it", SourceConfig("huggingface", path=str(tmp_path / "none.parquet")), False)
+
+
 def test_rows_name_files_of_the_data_set_alone_and_labels_that_it_knows(datasets, tmp_path):
     from pyarrow import parquet
 

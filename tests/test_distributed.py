@@ -74,6 +74,25 @@ def test_the_watchdog_says_what_was_done_last(monkeypatch):
     assert "rank 1: nothing was done for 1 s, the last thing begun was the thing" in done.stderr
 
 
+def test_the_watchdog_sleeps_once_its_work_has_failed(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code))
+    ended = []
+    with pytest.raises(KeyError), distributed.Watchdog(0.2):
+        raise KeyError
+    time.sleep(0.6)
+    assert ended == []
+
+
+def test_a_folder_in_use_is_told_by_one_rank(shared_recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with checkpoint.claimed(run):
+        codes, _, err = finish(start_ranks(shared_recipe, run, "train.parallel=ddp"))
+    assert codes == [1, 1] and err[1] == ""
+    assert "another process is training in this folder" in err[0] and err[0].count("\n") == 1
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "hybrid"])
 def test_two_ranks_train_as_one_and_go_on_as_one(mode, shared_recipe, alone, tmp_path):
     run = tmp_path / "run"

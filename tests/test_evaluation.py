@@ -20,7 +20,7 @@ from mmrdpm.cli import main
 from mmrdpm.data import emoji as emoji_data
 from mmrdpm.errors import DataError, UsageError
 from mmrdpm.evaluation import captioned, drawn, emoji, likelihood, report, results, tokenizer
-from mmrdpm.evaluation.compare import compare
+from mmrdpm.evaluation.compare import compare, differences
 from mmrdpm.evaluation.figure import Figure
 from mmrdpm.evaluation.part import Shown
 from mmrdpm.evaluation.results import NotComputed, Results
@@ -161,6 +161,22 @@ def test_the_loss_of_a_uniform_model_is_the_same_at_every_timestep(model, real):
     assert [f.value for f in found] == pytest.approx([math.log(model.vocabulary.codebook_size)] * 3)
 
 
+def test_losses_of_other_codes_do_not_compare(model, real):
+    (one, *_), (other, *_) = (
+        likelihood.loss_per_timestep(m, real[:2], NAMES[:2], seed=0)
+        for m in (model, replace(model, images=copy.deepcopy(model.images)))
+    )
+    assert differences(one.protocol, other.protocol) == []
+    images = copy.deepcopy(model.images)
+    images.codebook.codes += 1e-3
+    images.noise_pool = 1
+    (other, *_) = likelihood.loss_per_timestep(
+        replace(model, images=images), real[:2], NAMES[:2], seed=0
+    )
+    found = " ".join(differences(one.protocol, other.protocol))
+    assert "codes_sha256" in found and "noise_pool (0, 1)" in found
+
+
 # Suites
 
 
@@ -217,7 +233,8 @@ def test_the_same_seed_gives_the_same_figures_and_another_weight_never_old_ones(
         values.append([figure.value for figure in results.load(tmp_path / out).figures])
     assert values[0] == values[1]
     parts = set((tmp_path / "a/parts").iterdir())
-    assert run(*command, "a", "seed=1")[0] == 0
+    status, _, err = run(*command, "a", "seed=1")
+    assert status == 0 and err.count("results.json there is of other settings and is replaced") == 1
     assert parts < set((tmp_path / "a/parts").iterdir())
     status, out, _ = run("eval", "compare", "a", "a")
     assert status == 0 and "kernel distance" in out
@@ -338,12 +355,14 @@ def test_mistakes_are_one_clear_line(run, tiny_run, tiny_tokenizers, tmp_path):
     bits = "metrics=[bits_per_byte]"
     assert_mistake(evaluate(bits, "texts=empty.txt"), "empty.txt: holds no text")
     assert_mistake(evaluate(bits, "texts=none.txt"), "none.txt: cannot be read")
+    assert_mistake(evaluate(bits, "texts=lines.jsonl"), "without JSON around it")
     assert_mistake(evaluate(bits, "texts_count=1"), "bits_per_byte needs at least 2 texts, not 1")
     (tmp_path / "long.txt").write_text("no end " * 500 + "\npizza\n")
     assert_mistake(evaluate("names=3", "texts=long.txt"), "more than the model's context")
     assert not (tmp_path / "out").exists()
     assert_mistake(run("eval", "compare", "out"), "two results, not 1")
     assert_mistake(run("eval", "compare", "x", "y"), "x: no such file")
+    assert_mistake(run("eval", "compare", tiny_run, tiny_run), "name the folder of an evaluation")
     (tmp_path / "list.json").write_text("[1]")
     assert_mistake(run("eval", "compare", "list.json", "list.json"), "not the results")
 

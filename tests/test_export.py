@@ -36,6 +36,14 @@ def test_an_export_is_the_same_model_in_float16_without_the_state_of_training(
     assert [p.size for p in model.generate(["red heart"])] == [(16, 16)]
 
 
+def test_an_export_is_begun_with_and_not_resumed(tiny_run, tiny_recipe, tmp_path, capsys):
+    assert main(["export", str(tiny_run), str(tmp_path / "small")]) == 0
+    resumed = ["train", str(tiny_recipe), "--run", str(tmp_path / "small"), "--resume"]
+    assert main(resumed) == 1
+    said = capsys.readouterr().err
+    assert f"begin another run with model.init_from={tmp_path / 'small'}" in said
+
+
 def test_matrices_in_int8_are_read_back_as_rounded(tiny_run, tmp_path):
     folders = [tmp_path / "half", tmp_path / "int8"]
     for folder, more in zip(folders, ([], ["--int8"]), strict=True):

@@ -52,7 +52,7 @@ def test_scores_by_the_codes_geometry_can_be_added_but_not_lost(tiny_run, tmp_pa
     assert trainer.describe().endswith("drawn anew: from_codes.weight")
     assert train(loaded, tmp_path / "run")
     without = recipe.load(ModelRecipe, recipe_from(tmp_path / "run"))
-    with pytest.raises(RecipeError, match=r"model\.code_geometry true: write the same"):
+    with pytest.raises(RecipeError, match=r"model\.code_geometry=true: write the same"):
         pretrained.complete(without)
 
 
@@ -103,5 +103,5 @@ def test_all_of_a_run_that_goes_on_meanwhile_is_of_one_checkpoint(tiny_run, tmp_
 
 def test_an_earlier_run_attends_as_it_learned_to(tiny_run, recipe_from):
     path = recipe_from(tiny_run, history=True)
-    with pytest.raises(RecipeError, match=r"trained with model\.history false: write the same"):
+    with pytest.raises(RecipeError, match=r"trained with model\.history=false: write the same"):
         pretrained.complete(recipe.load(ModelRecipe, path))

@@ -238,6 +238,8 @@ def test_a_plan_of_a_tokeniser_says_what_is_planned_in_its_place(image_recipe_fi
     said = capsys.readouterr().err
     assert "kind is 'image', not 'model': plans are made of models" in said
     assert "tokenizers.image=RECIPE.yaml" in said and said.count("\n") == 1
+    assert main(["plan", "imagenet256_b", "tokenizers.image=emoji_bpe_4k.yaml"]) == 1
+    assert "is of kind 'text', not 'image'" in capsys.readouterr().err
 
 
 def test_a_shard_holds_no_whole_gradient_but_the_embeddings(tiny_recipe):

@@ -264,7 +264,7 @@ def test_a_run_with_all_of_it_comes_back_and_keeps_it(tiny_recipe, tmp_path, apa
     assert model.generate(["red heart"])[0].size == (16, 16)
     for key in ("preconditioning", "places"):
         changed = replace(loaded.model, init_from=str(tmp_path / "run"), **{key: False})
-        with pytest.raises(RecipeError, match=rf"model\.{key} true: write the same"):
+        with pytest.raises(RecipeError, match=rf"model\.{key}=true: write the same"):
             complete(replace(loaded, model=changed))
 
 

@@ -35,6 +35,16 @@ def write(tmp_path, text):
     return path
 
 
+def test_what_kind_a_recipe_is_of_is_told_before_its_other_keys(tmp_path):
+    path = write(tmp_path, "{size: 3, kind: other}")
+    with pytest.raises(RecipeError, match="kind is 'other': choose one of a, b"):
+        recipe.load(Inner, path)
+    with pytest.raises(RecipeError, match="is of kind 'other', not 'a'"):
+        recipe.of_kind(path, "a")
+    with pytest.raises(RecipeError, match="unknown key lr:1: YAML wants a space"):
+        recipe.load(Inner, write(tmp_path, "lr:1: 2"))
+
+
 def test_overrides_win_and_the_dump_reads_back_equal(tmp_path):
     path = write(tmp_path, "name: x\ntrain: {lr: 1}\n")
     loaded = recipe.load(Outer, path, ["train.lr=1e-3", "sizes=[3]", "train.steps=7"])

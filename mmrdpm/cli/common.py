@@ -16,6 +16,13 @@ from mmrdpm.errors import MmrdpmError, RecipeError, printable
 Commands = Any
 """What `ArgumentParser.add_subparsers` gives."""
 
+_COMMANDS = {  # for recipes of each kind
+    "model": "train",
+    "image": "tokenizer train",
+    "text": "tokenizer train",
+    "sweep": "sweep",
+    "peers": "bench peers",
+}
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 _FULL = "DefaultCPUAllocator"  # that torch's RuntimeError names where main memory is full
 _LESS = (
@@ -106,12 +113,11 @@ def recipe_file(name: str, kinds: tuple[str, ...], instead: str = "") -> Path:
         raise RecipeError(str(error)) from None
     kind = recipe.read(path).get("kind")
     if kind not in kinds:
-        known = ("model", "image", "text", "sweep")
-        command = {"model": "train", "sweep": "sweep"}.get(str(kind), "tokenizer train")
-        raise RecipeError(
-            f"{path}: kind is {kind!r}, not {' or '.join(map(repr, kinds))}"
-            + (f": {instead or f'use mmrdpm {command}'}" if kind in known else "")
-        )
+        wanted = " or ".join(map(repr, kinds))
+        mend = f"its key kind must be {wanted}"
+        if kind in _COMMANDS:
+            mend = instead or f"use mmrdpm {_COMMANDS[kind]}"
+        raise RecipeError(f"{path}: kind is {kind!r}, not {wanted}: {mend}")
     return path
 
 

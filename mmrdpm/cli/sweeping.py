@@ -13,7 +13,7 @@ from mmrdpm.sweep import spec
 from mmrdpm.sweep.measure import Measurer
 from mmrdpm.sweep.records import Records
 from mmrdpm.sweep.report import check_judge
-from mmrdpm.sweep.run import run_sweep
+from mmrdpm.sweep.run import chosen_of, run_sweep
 
 
 def add(commands: Commands) -> None:
@@ -29,6 +29,7 @@ def sweep_command(options: argparse.Namespace) -> int:
     """Trains and measures a list of variants; the same command goes on where it stopped."""
     path = recipe_file(options.file, ("sweep",))
     sweep = spec.load(path, options.overrides)
+    chosen_of(sweep, options.only)
     out = options.out or Path("runs") / path.stem
     say = partial(print, file=sys.stderr)
     measurer, table = Measurer(), None

@@ -36,7 +36,7 @@ from mmrdpm.data.pictures import (
 )
 from mmrdpm.errors import CheckpointError, TrainingError, UsageError
 from mmrdpm.evaluation.suite import GROUPS
-from mmrdpm.evaluation.tokenizer import WAYS, measure_images, measure_texts
+from mmrdpm.evaluation.tokenizer import WAYS, few, measure_images, measure_texts
 from mmrdpm.export import export
 from mmrdpm.model_recipe import ModelRecipe
 from mmrdpm.rdpm import image_tokenizer
@@ -98,7 +98,10 @@ def tokenizer_train(options: argparse.Namespace) -> int:
             "a text tokeniser is trained in one go and saves nothing on the way: leave --resume out"
         )
     run = options.run or Path("runs") / path.stem
-    train_text(recipe.load(TextTokenizerRecipe, path, options.overrides), run)
+    texts = recipe.load(TextTokenizerRecipe, path, options.overrides)
+    tokenizer = train_text(texts, run)
+    if tokenizer.size < texts.vocab_size:
+        print(f"the texts give {tokenizer.size} ids, not {texts.vocab_size}", file=sys.stderr)
     print(run)
     return 0
 
@@ -123,9 +126,11 @@ def tokenizer_eval(options: argparse.Namespace) -> None:
     """Prints what a tokeniser loses and how it uses its codes."""
     folder = _tokenizer(options.tokenizer)
     if not (folder / image_tokenizer.SPEC_FILE).is_file():
+        if options.images:
+            raise UsageError(f"--images: {folder} is a text tokeniser: leave it out")
         figures = measure_texts(text_tokenizer.load(folder))
         print(f"ids {figures.size}, {figures.bytes_per_token:.2f} bytes per token")
-        print(f"{figures.texts} texts, {figures.broken} changed by a round trip")
+        print(f"{figures.texts} embedded texts, {figures.broken} changed by a round trip")
         return
     tokenizer = image_tokenizer.load(folder)
     for title, squares in _measured_on(options, tokenizer.image_size):
@@ -140,6 +145,8 @@ def tokenizer_eval(options: argparse.Namespace) -> None:
         print("  timestep         " + "".join(f"{t:7d}" for t in steps))
         print("  latent error     " + "".join(f"{e.mean():7.3f}" for e in found.latent_error))
         print("  codebook usage   " + "".join(f"{u:7.1%}" for u in found.usage))
+        if note := few(found.code_indices[0].numel(), tokenizer.codebook_size):
+            print(f"  (usage is {note})")
 
 
 def _measured_on(options: argparse.Namespace, size: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -97,10 +97,13 @@ class CacheWriter:
         for key, old in vars(replace(there, tokenizer=self.manifest.tokenizer)).items():
             new = getattr(self.manifest, key)
             if old != new and not (key == "taken" and not old):  # older ones do not say
+                told = f"{key} {str(old)[:60]}, not {str(new)[:60]}"
+                if key == "source":
+                    told = "other records, or files of other names or sizes"
                 raise DataError(
-                    f"{self.folder}: holds a cache with {key} {str(old)[:60]} (of"
-                    f" {there.tokenizer}), not {str(new)[:60]} (of {self.manifest.tokenizer}):"
-                    " name another folder"
+                    f"{self.folder}: holds a cache with {told} (its image tokeniser is"
+                    f" {there.tokenizer}, the one given {self.manifest.tokenizer}): name another"
+                    " folder"
                 )
 
     def missing(self) -> list[int]:

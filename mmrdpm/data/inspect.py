@@ -163,6 +163,8 @@ def guess(path: str) -> SourceConfig:
         return SourceConfig("interleaved" if _has_segments(place) else "text", path=path)
     if place.suffix.lower() in (".txt", ".md"):
         return SourceConfig("text", path=path)
+    if place.suffix.lower() in IMAGE_SUFFIXES and place.is_file():
+        raise DataError(f"{path}: is one picture: give the folder that it lies in")
     if place.exists() or "*" in path:
         return SourceConfig("huggingface", path=path)
     if _HUB_ID.fullmatch(path):  # a look needs a few records: else all are fetched first

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from mmrdpm.data.sources import SourceConfig
+from mmrdpm.data.sources.files import at_home
 from mmrdpm.errors import RecipeError
 
 
@@ -61,3 +63,14 @@ class DataPlan:
             )
         if self.image_share + self.caption_share == 0 and self.sources:
             raise RecipeError("data: image_share and caption_share are both 0: raise one")
+
+    def check_outside(self, run: Path) -> None:
+        """Raises RecipeError where a run would write its samples among the pictures of a folder."""
+        for name, source in self.sources.items():
+            if source.type == "folder" and run.resolve().is_relative_to(
+                at_home(source.path).resolve()
+            ):
+                raise RecipeError(
+                    f"data.sources.{name}: its folder {source.path} would hold the run's, {run},"
+                    " and the samples drawn there would be learned: give --run another place"
+                )

@@ -15,6 +15,7 @@ from mmrdpm.data.pictures import to_square, to_tensor
 from mmrdpm.document import Document, ImageSegment, TextSegment, length, pack
 from mmrdpm.errors import DataError
 from mmrdpm.evaluation.figure import Figure, digest, digest_of_pictures
+from mmrdpm.identity import codes_sha256, steps_of
 from mmrdpm.metrics.interval import AT_LEAST_0, bootstrap
 from mmrdpm.objective import Losses, loss
 
@@ -140,8 +141,9 @@ def loss_per_timestep(
         "data_sha256": digest_of_pictures(pictures, texts),
         "count": len(pictures),
         "seed": seed,
-        "codebook_size": model.images.codebook_size,
-        "timesteps": len(steps),
+        "codes_sha256": codes_sha256(model.images),
+        **steps_of(model.images),
+        "noise_pool": model.images.noise_pool,
         "positions": positions,
     }
     return [

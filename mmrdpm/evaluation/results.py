@@ -38,12 +38,23 @@ class Results:
         write_json(folder / RESULTS_FILE, asdict(self))
 
 
+def replaces(folder: Path, results: Results) -> bool:
+    """Whether saving there would replace results of other settings of the suite."""
+    if not (folder / RESULTS_FILE).exists():
+        return False
+    return load(folder).settings != results.settings
+
+
 def load(path: Path) -> Results:
     """The results in a file, or in a folder that holds `results.json`.
 
     Raises:
         DataError: there are none, or the file is damaged.
     """
+    if path.is_dir() and not (path / RESULTS_FILE).is_file():
+        raise DataError(
+            f"{path}: holds no {RESULTS_FILE}: name the folder of an evaluation, as RUN/eval/emoji"
+        )
     path = path / RESULTS_FILE if path.is_dir() else path
     mapping = read_json(path)
     try:

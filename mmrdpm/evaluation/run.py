@@ -18,8 +18,8 @@ from mmrdpm.evaluation.part import Part, Shown
 from mmrdpm.evaluation.prompts import PromptsEvaluation
 from mmrdpm.evaluation.published import ImagenetEvaluation
 from mmrdpm.evaluation.report import write_report
-from mmrdpm.evaluation.results import NotComputed, Results
-from mmrdpm.evaluation.store import REPORT_FILE, Store
+from mmrdpm.evaluation.results import NotComputed, Results, replaces
+from mmrdpm.evaluation.store import REPORT_FILE, RESULTS_FILE, Store
 from mmrdpm.evaluation.suite import (
     EmojiSuite,
     ImagenetSuite,
@@ -61,6 +61,8 @@ def evaluate(
     store = Store(out, digest(hashes))
     evaluation = _evaluation(folder, suite, store)
     results = Results(suite_name, recipe.to_dict(suite), home.resolve().name, hashes[0], [], [])
+    if replaces(out, results):
+        store.say(f"{RESULTS_FILE} there is of other settings and is replaced: --out keeps both")
     missing: MissingEvaluator | None = None
     parts = list(evaluation.parts())
     for number, part in enumerate(parts, start=1):

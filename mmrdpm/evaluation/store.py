@@ -35,7 +35,7 @@ from mmrdpm.evaluation.figure import Figure, digest
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _FORMAT = 2  # raised when the same key would come to mean another content
-_FIGURES = 5  # raised when the same figure would come to carry another protocol, interval or note
+_FIGURES = 6  # raised when the same figure would come to carry another protocol, interval or note
 _CHUNK = 128  # pictures drawn between two writes
 
 _JUDGES = (  # packages that figures follow from
@@ -200,8 +200,12 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file that hold something.
 
     Raises:
-        DataError: it is missing, no UTF-8, or empty.
+        DataError: it is missing, no UTF-8, empty, or JSONL.
     """
+    if path.suffix.lower() == ".jsonl":
+        raise DataError(
+            f"{path}: a text a line is wanted, without JSON around it: convert it first"
+        )
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:

@@ -132,7 +132,7 @@ def codebook_use(found: ImageFigures) -> list[Figure]:
             "codebook_size": size,
         }
         name = f"codebook use at timestep {t}"
-        note = _few(codes.numel(), size)
+        note = few(codes.numel(), size)
         figures.append(Figure(name, value, interval, "of codebook", len(codes), protocol, note))
     return figures
 
@@ -280,7 +280,7 @@ def _choose(data: EmojiData, group: str, suite: TokenizerSuite) -> list[int]:
     return sorted(random.choice(indices, count, replace=False).tolist())
 
 
-def _few(codes: int, size: int) -> str:
+def few(codes: int, size: int) -> str:
     """What a reader has to know where perplexity is that of the sample rather than of the codes."""
     if codes >= _PLENTY * size:
         return ""

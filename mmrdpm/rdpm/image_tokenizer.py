@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrdpm import recipe, weights
+from mmrdpm.errors import CheckpointError
 from mmrdpm.rdpm.autoencoder import Autoencoder, AutoencoderConfig
 from mmrdpm.rdpm.codebook import Codebook
 from mmrdpm.rdpm.estimates import estimates
@@ -181,9 +182,14 @@ def load(folder: Path) -> ImageTokenizer:
     """The tokeniser saved in a folder, in evaluation mode, float32 on the CPU.
 
     Raises:
-        RecipeError: its spec is missing or wrong.
-        CheckpointError: its weights are missing, damaged or do not fit the spec.
+        RecipeError: its spec is wrong.
+        CheckpointError: it is missing, or its weights are missing, damaged or do not fit it.
     """
+    if folder.is_dir() and not (folder / SPEC_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: it is the folder of no image tokeniser ({SPEC_FILE} is missing): name"
+            " another (a model's is in its folder tokenizers/image)"
+        )
     config, path = recipe.load(ImageTokenizerConfig, folder / SPEC_FILE), folder / WEIGHTS_FILE
     with weights.as_large_as(path):
         tokenizer = ImageTokenizer(config)

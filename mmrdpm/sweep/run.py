@@ -48,10 +48,7 @@ def run_sweep(
         UsageError: no variant is called `only`.
         CheckpointError: `out` holds a sweep of other recipes.
     """
-    chosen = [v for v in sweep.variants if only in (None, v.name)]
-    if not chosen:
-        names = ", ".join(sweep.names)
-        raise UsageError(f"--only {only}: the sweep has no such variant: choose one of {names}")
+    chosen = chosen_of(sweep, only)
     out.mkdir(parents=True, exist_ok=True)
     seeds = sweep.seeds if sweep.model_recipe else sweep.seeds[:1]
     jobs = [(variant, seed) for seed in seeds for variant in chosen]  # a whole table first
@@ -60,6 +57,15 @@ def run_sweep(
         if not _finish(sweep, variant, seed, out, measure, say):
             return None
     return report(sweep, out)
+
+
+def chosen_of(sweep: Sweep, only: str | None) -> list[Variant]:
+    """The variants that are called `only`, or all; UsageError where none is."""
+    chosen = [v for v in sweep.variants if only in (None, v.name)]
+    if not chosen:
+        names = ", ".join(sweep.names)
+        raise UsageError(f"--only {only}: the sweep has no such variant: choose one of {names}")
+    return chosen
 
 
 def _finish(

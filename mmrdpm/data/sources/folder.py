@@ -59,7 +59,11 @@ class ImageFolder(Indexed):
             with open(path.with_suffix(".txt"), encoding="utf-8-sig") as file:
                 return Pair(key, path, (file.read(MAX_BYTES).strip(),))
         except FileNotFoundError:
-            return Broken(key, "no caption", f"{path.stem}.txt is missing")
+            return Broken(
+                key,
+                "no caption",
+                f"{path.stem}.txt is missing, and there is no {METADATA} or template",
+            )
         except (OSError, UnicodeDecodeError) as error:
             return Broken(key, "caption cannot be read", str(error))
 

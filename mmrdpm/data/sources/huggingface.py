@@ -157,6 +157,7 @@ def _arrange(
 ) -> Source:
     """The source; of what has images, `wanted` is the role that each row must have too."""
     chosen: dict[str, str] = {}
+    features = data.features or {}
     for role, usual in _USUAL.items():
         asked = columns.get(role) or ""
         if asked and asked not in names:
@@ -164,13 +165,20 @@ def _arrange(
         found = asked or next((name for name in usual if name in names), "")
         if found:
             chosen[role] = found
-    needed = wanted if "image" in chosen else "text"
+    pictures = [name for name in names if isinstance(features.get(name), datasets.Image)]
+    if pictures and not {"image", "text"} & {role for role in columns if columns[role]}:
+        chosen.setdefault("image", pictures[0])
+        if chosen["image"] not in _USUAL["image"] and len(pictures) > 1:
+            raise DataError(
+                f"{path}: the columns {', '.join(pictures)} hold pictures: name one with the"
+                " source's key 'image'"
+            )
+    needed = wanted if "image" in {*chosen, wanted} else "text"
     if needed not in chosen:
         raise DataError(
             f"{path}: no column for the {needed} among {', '.join(names) or 'none'}: name it with"
             f" the source's key {needed!r}"
         )
-    features = data.features or {}
     image = chosen.get("image")
     if image and isinstance(features.get(image), datasets.Image):
         if isinstance(data, datasets.IterableDataset):
