@@ -208,7 +208,8 @@ class Model:
             UsageError: there are other things than pictures.
             DataError: a picture is damaged or too oblong.
         """
-        documents = [self._looked_at(image) for image in _pictures(images)]
+        follows = TextSegment(self.vocabulary.caption((), whole=False))
+        documents = [(*self._looked_at(image), follows) for image in _pictures(images)]
         return [self._continue(document, _LONGEST_CAPTION).strip() for document in documents]
 
     def complete(
@@ -246,10 +247,9 @@ class Model:
                 f"score takes a picture and a text, not {image!r:.40} and {text!r:.40}"
             )
         _pictures([image])
-        ids = (*self.texts.encode(text), self.vocabulary.eos)
-        before, picture, after = self._looked_at(image)
-        document: Document = [before, picture, TextSegment((*after.token_ids, *ids))]
-        return text_log_likelihood(self.transformer, self._pack(document), len(ids))
+        caption = self.vocabulary.caption(self.texts.encode(text))
+        document = (*self._looked_at(image), TextSegment(caption))
+        return text_log_likelihood(self.transformer, self._pack(document), len(caption) - 1)
 
     def _states(self, drawn: Sequence[tuple[str, int]], **how: float | str) -> Tensor:
         """The states of one image per prompt and seed, `[T + 1, B, *grid, C]`."""
@@ -275,16 +275,11 @@ class Model:
         ids = sample_text(self.transformer, self.vocabulary, packed, room, seed, choice)
         return self.texts.decode([*read, *ids])[len(self.texts.decode(read)) :]
 
-    def _looked_at(self, image: Image.Image) -> tuple[TextSegment, ImageSegment, TextSegment]:
+    def _looked_at(self, image: Image.Image) -> tuple[TextSegment, ImageSegment]:
         """What comes before a caption: the picture as its codes give it, from noise of seed 0."""
         code_indices, states = self._states_of(image, seed=0)
         segment = ImageSegment(code_indices.cpu(), states.cpu(), clean=True)
-        vocabulary = self.vocabulary
-        return (
-            TextSegment((vocabulary.bos, vocabulary.image_start)),
-            segment,
-            TextSegment((vocabulary.image_end,)),
-        )
+        return TextSegment(self.vocabulary.prompt()), segment
 
     @torch.no_grad()
     def _states_of(self, image: Image.Image, seed: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ All arithmetic between text ids, code indices and token ids lives here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -62,6 +63,14 @@ class Vocabulary:
     @property
     def size(self) -> int:
         return self.code_offset + self.codebook_size
+
+    def prompt(self, caption: Iterable[int] = ()) -> tuple[int, ...]:
+        """What an image follows: its caption where it is to be drawn, none where it is read."""
+        return (self.bos, *caption, self.image_start)
+
+    def caption(self, text: Iterable[int], whole: bool = True) -> tuple[int, ...]:
+        """What follows an image that was read; a text that was cut has no end."""
+        return (self.image_end, *text, *((self.eos,) if whole else ()))
 
     def code_token_ids(self, code_indices: Tensor) -> Tensor:
         """Code indices 0..K-1 -> token ids."""

@@ -79,7 +79,8 @@ def test_the_score_is_the_likelihood_of_every_continuation(model):
     model = model.to("cpu")
     image = picture()
     end = np.exp(model.score(image, ""))
-    before, segment, after = model._looked_at(image)
+    before, segment = model._looked_at(image)
+    after = TextSegment((model.vocabulary.image_end,))
     row = pack([[[before, segment, after]]], 7, model.vocabulary, 4)
     texts = slice(model.vocabulary.code_offset)  # no code is ever written
     logits = model.transformer.logits(model.transformer(row), texts)[0, -1].double()

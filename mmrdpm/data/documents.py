@@ -159,17 +159,15 @@ class Drafter:
         random: np.random.Generator,
     ) -> Draft:
         """Caption -> image."""
-        v = self.vocabulary
-        prompt = (v.bos, *caption, v.image_start)
+        prompt = self.vocabulary.prompt(caption)
         return Draft((prompt, ImageDraft(image, noise_seed, self._timesteps(random))))
 
     def captioning(
         self, image: np.ndarray, caption: tuple[tuple[int, ...], bool], noise_seed: int
     ) -> Draft:
         """Image -> caption; one that was cut has no end."""
-        v, (ids, whole) = self.vocabulary, caption
-        after = (v.image_end, *ids, *((v.eos,) if whole else ()))
-        return Draft(((v.bos, v.image_start), ImageDraft(image, noise_seed, clean=True), after))
+        v, seen = self.vocabulary, ImageDraft(image, noise_seed, clean=True)
+        return Draft((v.prompt(), seen, v.caption(*caption)))
 
     def text(self, ids: tuple[int, ...]) -> Draft:
         """A text as one document."""

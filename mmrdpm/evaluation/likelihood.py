@@ -51,14 +51,13 @@ def retrieval(model: Model, pictures: Pictures, texts: Sequence[str]) -> tuple[F
 
 def score_matrix(model: Model, pictures: Pictures, texts: Sequence[str]) -> Tensor:
     """`log p(text | image)` in nats, as `Model.score`, of all pairs: float64 `[images, texts]`."""
-    vocabulary = model.vocabulary
-    ids = [(vocabulary.image_end, *model.texts.encode(t), vocabulary.eos) for t in texts]
-    before = TextSegment((vocabulary.bos, vocabulary.image_start))
+    before = TextSegment(model.vocabulary.prompt())
+    captions = [TextSegment(model.vocabulary.caption(model.texts.encode(t))) for t in texts]
     code_indices, states = _tokenise(model, pictures, [0] * len(pictures))
     documents: list[Document] = [
-        [before, ImageSegment(codes, path, clean=True), TextSegment(text)]
+        [before, ImageSegment(codes, path, clean=True), caption]
         for codes, path in zip(code_indices, states, strict=True)
-        for text in ids
+        for caption in captions
     ]
     # the text before the picture has a target too, which is no part of the score
     scores = [-row[1:].sum().item() for row in _per_document(model, documents)]
@@ -122,12 +121,12 @@ def loss_per_timestep(
         DataError: there are no pictures.
     """
     _need(len(pictures), "loss per timestep")
-    vocabulary, steps = model.vocabulary, tuple(range(model.images.num_timesteps, 0, -1))
+    steps = tuple(range(model.images.num_timesteps, 0, -1))
     seeds = [seed + i for i in range(len(pictures))]
     code_indices, states = _tokenise(model, pictures, seeds)
     documents: list[Document] = [
         [
-            TextSegment((vocabulary.bos, *model.texts.encode(text), vocabulary.image_start)),
+            TextSegment(model.vocabulary.prompt(model.texts.encode(text))),
             ImageSegment(codes, path, timesteps=steps),
         ]
         for codes, path, text in zip(code_indices, states, texts, strict=True)

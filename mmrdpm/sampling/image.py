@@ -264,7 +264,7 @@ class Sampler:
         captions = [request.caption for request in group]
         if self.how.guidance_scale != 1:
             captions += [()] * len(group)
-        prefixes = [(v.bos, *caption, v.image_start) for caption in captions]
+        prefixes = [v.prompt(caption) for caption in captions]
         rows = [[[TextSegment(prefix)]] for prefix in prefixes]
         length, channels = _padded_length(group[0]), self.tokenizer.latent_channels
         packed = pack(rows, length, v, channels, len(grid)).to(device)

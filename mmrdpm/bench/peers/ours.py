@@ -71,7 +71,7 @@ class Ours(Peer):
             timesteps = tuple((1 + torch.multinomial(self.shares, count)).tolist())
             codes, path, near = (each[:, row].cpu() for each in (code_indices, states, residuals))
             segment = ImageSegment(codes, path, timesteps, residuals=near)
-            prompt = (self.vocabulary.bos, *caption, self.vocabulary.image_start)
+            prompt = self.vocabulary.prompt(caption)
             documents.append([TextSegment(prompt), segment])
         rows = balanced(documents)
         longest, rank = max(map(_tokens, rows)), len(self.images.grid)
