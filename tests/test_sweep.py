@@ -279,6 +279,22 @@ def test_a_table_refuses_lines_of_different_judges(tiny_sweep, tmp_path):
     report(replace(sweep, variants=sweep.variants[:1]), out)
 
 
+def test_the_table_of_what_is_there_needs_no_training(tiny_sweep, tmp_path, capsys):
+    """Nor tokenisers of the same bits, which a line from another machine does not have."""
+    out = tmp_path / "out"
+    command = ["sweep", str(tiny_sweep()), "--out", str(out), "--table"]
+    assert main(command) == 1
+    assert "holds no lines of tiny: name a folder" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", unwritten)
+        drawn(spec.load(tiny_sweep()), out, tokenizer_sha256="of another machine")
+        held = (out / "results.jsonl").read_bytes()
+        assert main(command) == 0
+    assert "| base | 2 | 25.0% ± 0.0% |" in capsys.readouterr().out
+    assert (out / "results.jsonl").read_bytes() == held
+    assert {path.name for path in out.iterdir()} == {"results.jsonl", "tiny.md"}
+
+
 def test_a_plot_shows_what_variants_differ_in(tiny_sweep, tmp_path):
     """Drawn by the same weights they hold the same information: nothing to draw over it."""
     pytest.importorskip("matplotlib")

@@ -12,7 +12,7 @@ from mmrdpm.cli.common import INTERRUPTED, Commands, command, recipe_file
 from mmrdpm.sweep import spec
 from mmrdpm.sweep.measure import Measurer
 from mmrdpm.sweep.records import Records
-from mmrdpm.sweep.report import check_judge
+from mmrdpm.sweep.report import check_judge, report
 from mmrdpm.sweep.run import chosen_of, run_sweep
 
 
@@ -23,6 +23,7 @@ def add(commands: Commands) -> None:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="as in seeds=[1,2]")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/FILE's name")
     p.add_argument("--only", metavar="NAME", help="do one variant alone")
+    p.add_argument("--table", action="store_true", help="of what is measured in DIR; do nothing")
 
 
 def sweep_command(options: argparse.Namespace) -> int:
@@ -31,6 +32,8 @@ def sweep_command(options: argparse.Namespace) -> int:
     sweep = spec.load(path, options.overrides)
     chosen_of(sweep, options.only)
     out = options.out or Path("runs") / path.stem
+    if options.table:
+        return _show(report(sweep, out))
     say = partial(print, file=sys.stderr)
     measurer, table = Measurer(), None
     if sweep.model_recipe:  # before hours are spent
@@ -41,6 +44,10 @@ def sweep_command(options: argparse.Namespace) -> int:
     if table is None:
         print("stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    return _show(table)
+
+
+def _show(table: Path) -> int:
     print(table.read_text(encoding="utf-8"))
     print(table)
     return 0

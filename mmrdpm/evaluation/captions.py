@@ -56,6 +56,7 @@ class CaptionsEvaluation:
                 added = {
                     "pictures_sha256": self.of[1],
                     "resolution": self.model.images.image_size,
+                    "preprocessing": "the whole picture on a white square, Lanczos",
                     "codes_seed": 0,  # that of `Model.caption`
                 }
                 name = f"captioned/{Path(self.suite.annotations).stem}/{figure.name}"

@@ -269,6 +269,7 @@ class TokenizerEvaluation:
             "data_sha256": digest_of_pictures([Image.fromarray(s) for s in squares], ()),
             "count": len(squares),
             "resolution": f"{squares.shape[2]}x{squares.shape[1]}",
+            **({"preprocessing": "cropped to the middle, Lanczos"} if self.suite.images else {}),
             "seed": self.suite.seed,
         }
 

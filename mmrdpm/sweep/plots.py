@@ -56,14 +56,18 @@ def plot_variants(
 
 
 def plot_quality(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
-    """Named in the top 10 against the information in the codes and what independence loses."""
-    drawn, axes = figure(2)
+    """Named in the top 10 against the information in the codes, its share in the first half of the
+    steps, and what independence loses."""
+    rows = [row | {"first_half": _first_half(row["loss_steps"])} for row in rows]
     pairs = (
         ("information", "information, nats per picture"),
+        ("first_half", "of it in the first half of the steps"),
         ("independence", "lost by drawing positions independently, nats per picture"),
     )
+    known = [pair for pair in pairs if any(row.get(pair[0]) is not None for row in rows)]
+    drawn, axes = figure(len(known))
     quality = _by_name(names, rows, "top10")
-    for axis, (key, label) in zip(axes, pairs, strict=True):
+    for axis, (key, label) in zip(axes, known, strict=True):
         places = {
             name: (statistics.fmean(own), statistics.fmean(quality[name]))
             for name, own in _by_name(names, rows, key).items()
@@ -74,6 +78,11 @@ def plot_quality(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
         axis.set(xlabel=label, ylabel="named in the top 10")
         _write_names(drawn, axis, places)
     save(drawn, path)
+
+
+def _first_half(losses: Sequence[float]) -> float:
+    """The share of all information that the first half of the steps (the larger one) carries."""
+    return sum(losses[: -(-len(losses) // 2)]) / sum(losses)
 
 
 def plot_steps(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:

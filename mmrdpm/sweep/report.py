@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrdpm.errors import CheckpointError
+from mmrdpm.errors import CheckpointError, UsageError
 from mmrdpm.evaluation.compare import differences
 from mmrdpm.sweep import plots, scaling
 from mmrdpm.sweep.records import Records
@@ -38,6 +38,7 @@ def report(sweep: Sweep, out: Path) -> Path:
     Raises:
         DataError: the package that draws is not installed.
         CheckpointError: two lines were judged by different evaluators or galleries.
+        UsageError: there are no lines of it.
     """
     names = sweep.names
     lines = Records(out / "results.jsonl").all()  # of other sweeps and their seeds too
@@ -45,6 +46,8 @@ def report(sweep: Sweep, out: Path) -> Path:
     first: Row = next((row["judge"] for row in rows if "judge" in row), {})
     check_judge(first, rows, out / "results.jsonl")
     tokenizers = [r for r in Records(out / "tokenizers.jsonl").all() if r["name"] in names]
+    if not rows and not tokenizers:
+        raise UsageError(f"{out}: holds no lines of {sweep.name}: name a folder that does by --out")
     parts = [results_table(names, rows), tokenizers_table(tokenizers)]
     if rows:
         parts.append(CHARTS[sweep.chart](sweep, rows, out / sweep.name))

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from mmrdpm.bench.measure import Work, interleaved
+from mmrdpm.bench.measure import Work, interleaved, matrix_product, ratio
 from mmrdpm.bench.peers.protocol import Caption, How, Judging, Peer, Scene
 from mmrdpm.bench.peers.trainer import Trainer
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _UPDATES = 3  # of each peer per repeat of drawing: captions differ in length
+_PRODUCT = "matrix product"  # beside the peers, which have other names
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
@@ -94,12 +95,27 @@ def sampling(
     ]
 
 
-def training(trainers: Mapping[str, Trainer], repeats: int) -> list[dict[str, Any]]:
-    """Seconds per update; all peers take turns. With a rate of 0 their weights stay."""
+def training(
+    trainers: Mapping[str, Trainer], flops: Mapping[str, float], repeats: int
+) -> list[dict[str, Any]]:
+    """Seconds per update, and its share of the rate of a large matrix product; all take turns.
+
+    With a rate of 0 weights stay.
+
+    Args:
+        flops: of an update of each.
+    """
+    first = next(iter(trainers.values()))
+    product, operations = matrix_product(first.dtype, first.device)
     works = {name: trainer.update for name, trainer in trainers.items()}
-    seconds = interleaved(works, repeats * _UPDATES)
+    seconds = interleaved({_PRODUCT: product, **works}, repeats * _UPDATES)
+    rates = [operations / time for time in seconds.pop(_PRODUCT)]
     return [
-        {"peer": name, "seconds_per_update": statistics.median(times)}
+        {
+            "peer": name,
+            "seconds_per_update": statistics.median(times),
+            "matrix_share": ratio([flops[name] / time for time in times], rates),
+        }
         for name, times in seconds.items()
     ]
 

@@ -24,6 +24,7 @@ _HEAD = (
     "updates",
     "pictures",
     "minutes",
+    "of matrix rate",
     "s/picture",
     "MiB",
     "lr",
@@ -162,6 +163,12 @@ def _update_seconds(result: dict[str, Any]) -> float:
     return result["training"][0]["seconds_per_update"]
 
 
+def _share(result: dict[str, Any]) -> str:
+    """Of the rate of a matrix product, in training; earlier timings do not say."""
+    shares = [entry["matrix_share"] for entry in result["training"] if "matrix_share" in entry]
+    return f"{shares[0]:.0%}" if shares else ""
+
+
 def _speeds(result: dict[str, Any], steps: int) -> list[tuple[int, float]]:
     """Batch and seconds per picture."""
     entries = [entry for entry in result["sampling"] if entry["steps"] == steps]
@@ -186,6 +193,7 @@ def _row(title: str, result: dict[str, Any], steps: int) -> list[str]:
         f"{result['updates']:,}",
         f"{result['updates'] * result['batch_size']:,}",
         f"{result['updates'] * _update_seconds(result) / 60:.1f}" if result["training"] else "",
+        _share(result),
         " / ".join(f"{seconds:.3f}" for _, seconds in _speeds(result, steps)),
         "unknown" if memory is None else f"{memory:,.0f}",
         f"{result['lr']:g}",

@@ -135,9 +135,10 @@ def _time(recipe: PeerBench, scene: Scene, quality: Quality, out: Path) -> dict[
     judging, captions = recipe.judging, [scene.captions[i] for i in quality.group.indices]
     peers = {name: trainer.peer for name, trainer in trainers.items()}
     ways = [(name, _best(out, name, steps)) for name in peers for steps in peers[name].steps]
+    flops = {name: read(out / name / RESULTS_FILE)["flops_per_update"] for name in trainers}
     timing = {
         "sampling": measure.sampling(peers, ways, scene, captions, judging),
-        "training": measure.training(trainers, judging.repeats),
+        "training": measure.training(trainers, flops, judging.repeats),
         "machine": measure.machine_class(next(iter(trainers.values())).dtype),
         "missing": missing,
     }
