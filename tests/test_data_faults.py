@@ -21,7 +21,7 @@ from mmrdpm.data.documents import Draft
 from mmrdpm.data.faults import SkippedLog
 from mmrdpm.data.images import ImagePlan, open_images
 from mmrdpm.data.inspect import inspect
-from mmrdpm.data.loader import Loader
+from mmrdpm.data.loader import Loader, merge_states
 from mmrdpm.data.mixture import Item
 from mmrdpm.data.pictures import PictureError, open_picture
 from mmrdpm.data.plan import DataPlan
@@ -290,6 +290,27 @@ def test_cut_shards_are_told_and_stop_the_run_where_they_are_many(
         assert 1 <= said.count("mmrdpm: warning: ") <= world_size  # once, though read twice
         assert "00.tar: damaged: " in said and "its later records are left out" in said
         assert all(loader.rows.broken().total() for loader in loaders)
+
+
+@pytest.mark.parametrize(("count", "share"), [(20, 0.06), (2, 0.6)])
+def test_shards_that_were_read_ahead_were_begun(count, share, tiny_tokenizers, tmp_path):
+    """Many rows that each look ahead read small shards through long before they use them up."""
+    images = image_tokenizer.load(tiny_tokenizers / "image")
+    texts = text_tokenizer.load(tiny_tokenizers / "text")
+    path = cut_shards(tmp_path / "s", count, 1)
+    source = {"type": "webdataset", "path": str(path)}
+    shape = {"rows": 16, "seq_len": 64, "steps_per_image": 2, "max_caption_tokens": 8}
+    how = {"sources": {"s": source}, "max_broken_share": share, "look_ahead": 32, **shape}
+    plan = recipe.from_dict(DataPlan, how, "test")
+    vocabulary = Vocabulary(texts.size, images.codebook_size)
+    loader = Loader(plan, 0, images, texts, vocabulary)
+    for _ in range(12):
+        loader.batch()
+    again = Loader(plan, 0, images, texts, vocabulary)
+    again.restore(merge_states([loader.state()]))
+    for _ in range(12):
+        again.batch()
+    assert again.rows.broken()["s: damaged shard"] > 3
 
 
 @pytest.mark.parametrize(("count", "cut", "stops"), STOPS)

@@ -45,11 +45,11 @@ class Lane:
         self._by_source = {name: [*counts] for name, counts in state.get("sources", {}).items()}
         self._items = read(state["place"])
         self._window: deque[Item | None] = deque()  # since the oldest that waits; None: gone
-        self._waiting = 0
+        self._waiting, self._reached = 0, state["place"]
         self._skipped: list[Skipped] = []
         taken = set(state["taken"])
         for i in range(state["read"]):
-            item = next(self._items)
+            item = self._next()
             self._append(None if i in taken else item)
         self._fill()
 
@@ -57,13 +57,15 @@ class Lane:
         """Where the lane stands, as plain lists, dicts and numbers.
 
         The place of the oldest document that waits, how many were read since, which of them are
-        gone; and how many records were seen, and broken by cause; and by source, seen and broken.
+        gone; the place of the last that was read; and how many records were seen, and broken by
+        cause; and by source, seen and broken.
         """
         assert self._window[0] is not None
         return {
             "place": self._window[0].place,
             "taken": [i for i, item in enumerate(self._window) if item is None],
             "read": len(self._window),
+            "reached": self._reached,
             "seen": self.seen,
             "broken": dict(self.broken),
             "sources": {name: [*counts] for name, counts in self._by_source.items()},
@@ -103,7 +105,7 @@ class Lane:
     def _fill(self) -> None:
         """Reads until enough documents wait; the oldest of them is first in the window."""
         while self._waiting < self._look_ahead:
-            item = next(self._items)
+            item = self._next()
             self.seen += item.first
             counts = self._by_source.setdefault(item.source, [0, 0])
             counts[0] += item.first
@@ -125,6 +127,11 @@ class Lane:
                 self._append(item)
         while self._window[0] is None:
             self._window.popleft()
+
+    def _next(self) -> Item:
+        item = next(self._items)
+        self._reached = item.place
+        return item
 
     def _check_length(self, draft: Draft) -> None:
         size = self._length(draft)

@@ -196,7 +196,9 @@ class Lanes:
         assert isinstance(source, Sharded)
         begun = 0.0
         for lane, state in self._states.items():
-            if state and (place := state["place"]["next"].get(last.source)):
+            # what waits was read too; older checkpoints do not say how far that is
+            reached = (state or {}).get("reached") or (state or {}).get("place") or {"next": {}}
+            if place := reached["next"].get(last.source):
                 begun += source.begun(lane, self.plan.rows, place)
         damaged, share = broken[f"{last.source}: {DAMAGED_SHARD}"], self.plan.max_broken_share
         check_shards(last.source, damaged, begun, source.num_shards(), share, last.record)
@@ -338,8 +340,8 @@ def _begin_worker(_: int) -> None:
 
     To finish its update it may still need rows: a worker stays at the first SIGTERM, and leaves at
     the second, late where both may be of one stop, and not with 0: who waits for its rows would go
-    on waiting. Where the trainer is killed, a worker that has
-    rows to hand over would wait for ever.
+    on waiting. Where the trainer is killed, a worker that has rows to hand over would wait for
+    ever.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
