@@ -349,7 +349,10 @@ def test_inspect_prints_samples_and_problems_and_draws_a_sheet(folder, tmp_path,
     assert "  pictures: 10, width 28 to 39 (median 33.5), height 16 to 16 (median 16)" in lines
     assert "  problem: 1 not a picture that can be read" in lines
     with Image.open(tmp_path / "source.png") as sheet:
-        assert sheet.size == (8 * 100 + 4, 2 * 100 + 4)
+        assert sheet.size == (8 * 100 + 4, 2 * 136 + 4)
+        frames = [sheet.getpixel((4 + x * 100, 4 + y * 136)) for y in range(2) for x in range(8)]
+    faulty = ["PROBLEM" in line for line in lines[1:13]]
+    assert sum(faulty) == 2 and [color == (255, 0, 0) for color in frames[:12]] == faulty
 
 
 def test_inspect_of_a_recipe_shows_each_source(cache_recipe, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mmrdpm.data.pictures import PictureError, contact_sheet, picture_of, to_square
 from mmrdpm.data.records import (
@@ -31,6 +32,8 @@ from mmrdpm.errors import DataError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _THUMBNAIL = 96  # pixels
+_LABEL, _LINE = 3, 12  # lines under a thumbnail, and pixels of one
+_LETTERS = 18  # of a line
 _COLUMNS = 8
 _SHOWN = 72  # characters of a text
 
@@ -45,7 +48,8 @@ class Findings:
         lengths: characters of every caption and text.
         problems: number of broken records by cause.
         damaged: shards that are, with what is wrong.
-        pictures: thumbnails, RGB.
+        tiles: thumbnails, RGB, with what `lines` says of each under it, and a red one for each
+            record that has a problem.
         stopped: what ended the reading early, if anything did.
     """
 
@@ -54,7 +58,7 @@ class Findings:
     lengths: list[int] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
     damaged: list[str] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)
+    tiles: list[Image.Image] = field(default_factory=list)
     stopped: DataError | None = None
 
     def summary(self) -> Iterator[str]:
@@ -72,9 +76,9 @@ class Findings:
             yield "problems: none"
 
     def sheet(self) -> Image.Image | None:
-        """The pictures side by side; None where there are none."""
-        rows = [self.pictures[i : i + _COLUMNS] for i in range(0, len(self.pictures), _COLUMNS)]
-        return contact_sheet(rows) if rows else None
+        """The tiles side by side; None where no picture could be read."""
+        rows = [self.tiles[i : i + _COLUMNS] for i in range(0, len(self.tiles), _COLUMNS)]
+        return contact_sheet(rows) if self.sizes else None
 
 
 def inspect(source: Source, count: int, seed: int = 0) -> Findings:
@@ -90,6 +94,30 @@ def inspect(source: Source, count: int, seed: int = 0) -> Findings:
 
 def _look(record: Record, findings: Findings) -> None:
     """Adds one record to the findings."""
+    first, problems = len(findings.tiles), findings.problems.total()
+    _describe(record, findings)
+    faulty = findings.problems.total() > problems
+    if faulty and len(findings.tiles) == first:
+        findings.tiles.append(Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white"))
+    for i, thumbnail in enumerate(findings.tiles[first:], start=first):
+        findings.tiles[i] = _labelled(thumbnail, findings.lines[-1], faulty)
+
+
+def _labelled(thumbnail: Image.Image, text: str, faulty: bool) -> Image.Image:
+    """A thumbnail over the beginning of a text, in red where something is wrong."""
+    side, color = _THUMBNAIL, "red" if faulty else "black"
+    tile = Image.new("RGB", (side, side + _LABEL * _LINE), "white")
+    tile.paste(thumbnail, (0, 0))
+    draw = ImageDraw.Draw(tile)
+    if faulty:
+        draw.rectangle((0, 0, side - 1, side - 1), outline="red", width=3)
+    plain = text.encode("ascii", "replace").decode()  # the font that Pillow has knows few others
+    for i, line in enumerate(textwrap.wrap(plain, _LETTERS)[:_LABEL]):
+        draw.text((0, side + i * _LINE), line, color)
+    return tile
+
+
+def _describe(record: Record, findings: Findings) -> None:
     try:
         match record:
             case Pair():
@@ -119,7 +147,7 @@ def _picture(picture: Picture, findings: Findings) -> str:
         return f"latents {'x'.join(map(str, picture.shape))}"
     image = picture_of(picture)
     findings.sizes.append(image.size)
-    findings.pictures.append(Image.fromarray(to_square(image, _THUMBNAIL)))
+    findings.tiles.append(Image.fromarray(to_square(image, _THUMBNAIL)))
     return f"{image.width}x{image.height}"
 
 
