@@ -201,7 +201,7 @@ def test_a_row_takes_the_oldest_then_the_longest_that_fits():
     packed = lane([5, 6, 3, 2, 4, 7, 1, 9], 10, 3)
     assert numbers(packed.row()) == [0, 2, 3]  # 5 of 10; of 6, 3, 2 then 3; of 6, 2, 4 then 2
     counts = {"seen": 6, "broken": {}, "sources": {"s": [6, 0]}}
-    assert packed.state() == {"place": 1, "taken": [1, 2], "read": 5, **counts}
+    assert packed.state() == {"place": 1, "taken": [1, 2], "read": 5, "reached": 5, **counts}
     assert numbers(packed.row()) == [1, 4]  # 6 of 10; of 4, 7, 1 then 4
 
 
