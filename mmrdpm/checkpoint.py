@@ -94,7 +94,7 @@ def begin(run: Path, resolved: Any, resume: bool, free: Collection[str] = ()) ->
             f" run with model.init_from={run}"
         )
     saved = recipe.from_dict(type(resolved), recipe.read(path), str(path))
-    for key, old, new in _differences(recipe.to_dict(saved), recipe.to_dict(resolved)):
+    for key, old, new in recipe.differences(recipe.to_dict(saved), recipe.to_dict(resolved)):
         if key not in free:
             here = idle and not key.startswith("tokenizers.")  # their copies are not taken away
             raise CheckpointError(
@@ -395,13 +395,3 @@ class Writer:
 
 def _all(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for key in sorted(old.keys() | new.keys())
-            for difference in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
-        ]
-    return [] if old == new else [(prefix, old, new)]

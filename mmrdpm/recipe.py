@@ -147,6 +147,17 @@ def _known_as(mapping: dict[Any, Any], key: str) -> Any:
     return next((known for known in mapping if str(known) == key), key)
 
 
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Key, old and new value of all in which two mappings of recipes differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+        ]
+    return [] if old == new else [(prefix, old, new)]
+
+
 def of_kind(path: Path, kind: str) -> dict[str, Any]:
     """The mapping of a recipe that must be of one kind, see `read`.
 

@@ -303,3 +303,6 @@ def test_a_run_among_its_own_pictures_is_refused(tmp_path):
     for run in ("pictures", "pictures/runs/one"):
         with pytest.raises(RecipeError, match=r"data\.sources\.mine: .* give --run another"):
             plan.check_outside(tmp_path / run)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("")  # lists what is to be learned
+    plan.check_outside(tmp_path / "pictures/runs/one")

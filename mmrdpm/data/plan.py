@@ -9,6 +9,7 @@ from typing import Literal
 
 from mmrdpm.data.sources import SourceConfig
 from mmrdpm.data.sources.files import at_home
+from mmrdpm.data.sources.folder import METADATA
 from mmrdpm.errors import RecipeError
 
 
@@ -67,9 +68,10 @@ class DataPlan:
     def check_outside(self, run: Path) -> None:
         """Raises RecipeError where a run would write its samples among the pictures of a folder."""
         for name, source in self.sources.items():
-            if source.type == "folder" and run.resolve().is_relative_to(
-                at_home(source.path).resolve()
-            ):
+            folder = at_home(source.path).resolve()
+            listed = (folder / METADATA).is_file() and not source.template
+            within = source.type == "folder" and run.resolve().is_relative_to(folder)
+            if within and not listed:
                 raise RecipeError(
                     f"data.sources.{name}: its folder {source.path} would hold the run's, {run},"
                     " and the samples drawn there would be learned: give --run another place"

@@ -196,10 +196,10 @@ class Lanes:
         assert isinstance(source, Sharded)
         begun = 0.0
         for lane, state in self._states.items():
-            # what waits was read too; older checkpoints do not say how far that is
-            reached = (state or {}).get("reached") or (state or {}).get("place") or {"next": {}}
-            if place := reached["next"].get(last.source):
-                begun += source.begun(lane, self.plan.rows, place)
+            if state:  # what waits was read too; older checkpoints do not say how far that is
+                reached = state.get("reached", state["place"])
+                if place := reached["next"].get(last.source):
+                    begun += source.begun(lane, self.plan.rows, place)
         damaged, share = broken[f"{last.source}: {DAMAGED_SHARD}"], self.plan.max_broken_share
         check_shards(last.source, damaged, begun, source.num_shards(), share, last.record)
 
