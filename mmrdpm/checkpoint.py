@@ -138,22 +138,23 @@ def claimed(run: Path) -> Iterator[bool]:
     Raises:
         CheckpointError: another process trains in it.
     """
-    alone = taken = False
+    alone = False
     with open(run / _LOCK, "w", encoding="utf-8") as file:
-        try:
-            if distributed.is_main():
+
+        def lock() -> None:
+            nonlocal alone
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
-        except BlockingIOError:
-            taken = True
-        except OSError:
-            pass  # a file system without locks
-        if distributed.anyone(taken):
-            if not taken:  # rank 0 says why
-                raise SystemExit(1)
-            raise CheckpointError(
-                f"{run}: another process is training in this folder: wait for its end, or stop it"
-            )
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{run}: another process is training in this folder: wait for its end, or stop"
+                    " it"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+
+        distributed.first(lock)
         yield alone
 
 

@@ -146,6 +146,7 @@ def _umask() -> int:
 def as_large_as(path: Path) -> Iterator[None]:
     """Modules are built inside, with at most as many weights as the file has numbers: a recipe that
     comes with it may ask for more than the machine has memory, before their shapes are compared.
+    (Buffers are not counted: they are zeros, which take none before they are filled.)
 
     Raises:
         CheckpointError: they would have more; or the file is not readable, see `load`.
@@ -166,7 +167,9 @@ def as_large_as(path: Path) -> Iterator[None]:
     hook = register_module_parameter_registration_hook(count)
     try:
         yield
-    except RuntimeError as error:  # there is not even room for it
+    except RuntimeError as error:  # there is not even room for one
+        if not any(sign in str(error) for sign in ("allocate memory", "overflow")):
+            raise
         raise CheckpointError(
             f"{path}: the model of the recipe beside it cannot be built here ({error})"
         ) from None

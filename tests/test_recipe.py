@@ -4,6 +4,7 @@ from typing import Literal
 import pytest
 
 from mmrdpm import recipe
+from mmrdpm.cli import main
 from mmrdpm.errors import RecipeError
 
 
@@ -43,6 +44,13 @@ def test_what_kind_a_recipe_is_of_is_told_before_its_other_keys(tmp_path):
         recipe.of_kind(path, "a")
     with pytest.raises(RecipeError, match="unknown key lr:1: YAML wants a space"):
         recipe.load(Inner, write(tmp_path, "lr:1: 2"))
+
+
+@pytest.mark.parametrize("kind", ["[model]", "{}"])
+def test_a_kind_that_is_no_name_is_one_clear_line(kind, tmp_path, capsys):
+    path = write(tmp_path, f"kind: {kind}\n")
+    assert main(["train", str(path)]) == 1
+    assert "its key kind must be 'model'" in capsys.readouterr().err
 
 
 def test_overrides_win_and_the_dump_reads_back_equal(tmp_path):

@@ -279,6 +279,11 @@ def test_a_table_refuses_lines_of_different_judges(tiny_sweep, tmp_path):
     report(replace(sweep, variants=sweep.variants[:1]), out)
 
 
+def test_of_an_odd_number_of_steps_the_first_half_is_the_larger():
+    assert plots.first_half([3.0, 2.0, 1.0]) == pytest.approx(5 / 6)
+    assert plots.first_half([3.0, 1.0]) == pytest.approx(3 / 4)
+
+
 def test_the_table_of_what_is_there_needs_no_training(tiny_sweep, tmp_path, capsys):
     """Nor tokenisers of the same bits, which a line from another machine does not have."""
     out = tmp_path / "out"

@@ -115,8 +115,8 @@ def recipe_file(name: str, kinds: tuple[str, ...], instead: str = "") -> Path:
     if kind not in kinds:
         wanted = " or ".join(map(repr, kinds))
         mend = f"its key kind must be {wanted}"
-        if kind in _COMMANDS:
-            mend = instead or f"use mmrdpm {_COMMANDS[kind]}"
+        if command := _COMMANDS.get(str(kind)):
+            mend = instead or f"use mmrdpm {command}"
         raise RecipeError(f"{path}: kind is {kind!r}, not {wanted}: {mend}")
     return path
 

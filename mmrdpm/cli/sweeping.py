@@ -22,8 +22,10 @@ def add(commands: Commands) -> None:
     p.add_argument("file", metavar="FILE", help="file, or name of a shipped sweep")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="as in seeds=[1,2]")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/FILE's name")
-    p.add_argument("--only", metavar="NAME", help="do one variant alone")
-    p.add_argument("--table", action="store_true", help="of what is measured in DIR; do nothing")
+    part = p.add_mutually_exclusive_group()
+    part.add_argument("--only", metavar="NAME", help="do one variant alone")
+    told = "train nothing: write table and plots of what is measured in DIR"
+    part.add_argument("--table", action="store_true", help=told)
 
 
 def sweep_command(options: argparse.Namespace) -> int:

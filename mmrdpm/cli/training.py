@@ -145,7 +145,9 @@ def tokenizer_eval(options: argparse.Namespace) -> None:
         print("  timestep         " + "".join(f"{t:7d}" for t in steps))
         print("  latent error     " + "".join(f"{e.mean():7.3f}" for e in found.latent_error))
         print("  codebook usage   " + "".join(f"{u:7.1%}" for u in found.usage))
-        if note := few(found.code_indices[0].numel(), tokenizer.codebook_size):
+        sizes = zip(found.code_indices, found.codebook_sizes, strict=True)
+        notes = dict.fromkeys(few(codes.numel(), size) for codes, size in sizes)
+        for note in filter(None, notes):
             print(f"  (usage is {note})")
 
 

@@ -58,7 +58,7 @@ def plot_variants(
 def plot_quality(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
     """Named in the top 10 against the information in the codes, its share in the first half of the
     steps, and what independence loses."""
-    rows = [row | {"first_half": _first_half(row["loss_steps"])} for row in rows]
+    rows = [row | {"first_half": first_half(row["loss_steps"])} for row in rows]
     pairs = (
         ("information", "information, nats per picture"),
         ("first_half", "of it in the first half of the steps"),
@@ -80,7 +80,7 @@ def plot_quality(names: Sequence[str], rows: Sequence[Row], path: Path) -> None:
     save(drawn, path)
 
 
-def _first_half(losses: Sequence[float]) -> float:
+def first_half(losses: Sequence[float]) -> float:
     """The share of all information that the first half of the steps (the larger one) carries."""
     return sum(losses[: -(-len(losses) // 2)]) / sum(losses)
 
